@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_positions', 'Plan', 'random_plan', 'grid_plan',
            'crop_batches', 'normalise', 'jitter']
 
-# %% ../nbs/04_crops.ipynb #8fa8d379
+# %% ../nbs/04_crops.ipynb #9a1633ec
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from .config import cache_dir, fingerprint
 from .data import ImageSet, settle
 from .images import load_image, resize
 
-# %% ../nbs/04_crops.ipynb #b3b8429c
+# %% ../nbs/04_crops.ipynb #ff6771cb
 @dataclass
 class PixelCache:
     "Decoded pictures of one set at one size: `cache[i]` is (H, W, 3) uint8, a view of the mapped file."
@@ -51,7 +51,7 @@ class PixelCache:
     def sizes(self) -> np.ndarray:  # (N, 2) height, width
         return self._where[:, 1:]
 
-# %% ../nbs/04_crops.ipynb #ac3d30b3
+# %% ../nbs/04_crops.ipynb #1d32e18d
 def _decode(path: Path, size: int, fit: str) -> np.ndarray | str:
     "Pixels of one picture, or the reason why there are none."
     try:
@@ -76,7 +76,7 @@ def _write_pixels(paths: list[Path], images: list[str], size: int, fit: str, fil
                 bar.update()
     return rows, problems
 
-# %% ../nbs/04_crops.ipynb #155125aa
+# %% ../nbs/04_crops.ipynb #9d2d12b8
 def build_cache(
     images: ImageSet,
     size: int = 384,          # short side in pixels
@@ -108,7 +108,7 @@ def build_cache(
     images.table = images.table[~images.table.image.isin(bad.image)].reset_index(drop=True)
     return PixelCache(path, index)
 
-# %% ../nbs/04_crops.ipynb #c47af9c8
+# %% ../nbs/04_crops.ipynb #a6617e55
 def grid_shape(
     n: int,  # crops
 ) -> tuple[int, int]:  # along the shorter side, along the longer side
@@ -132,7 +132,7 @@ def grid_positions(
     y, x = np.meshgrid(along(height, rows).round(), along(width, columns).round(), indexing="ij")
     return np.stack([y.ravel(), x.ravel()], 1).astype(np.int64)
 
-# %% ../nbs/04_crops.ipynb #9ee165a8
+# %% ../nbs/04_crops.ipynb #31390811
 @dataclass
 class Plan:
     "The crops of one pass, in order: arrays of equal length."
@@ -170,7 +170,7 @@ def grid_plan(
     top, left = np.concatenate(corners).T if len(corners) else np.empty((2, 0), np.int64)
     return Plan(np.repeat(np.asarray(rows, np.int64), n), top, left, np.zeros(len(top), bool))
 
-# %% ../nbs/04_crops.ipynb #ffeb6ee4
+# %% ../nbs/04_crops.ipynb #b8e419bd
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB on 0-1
 
 
@@ -202,9 +202,10 @@ def crop_batches(
     first: int = 0,    # start at this batch, when a killed epoch goes on
 ) -> DataLoader:
     "Batches of a plan: uint8 crops (B, 3, crop, crop) and picture rows (B,). The last batch may be smaller."
-    return DataLoader(_Batches(cache, plan, crop, batch_size, first), batch_size=None, num_workers=workers)
+    own = torch.Generator()  # else every loader draws from the global generator, and a resumed run differs from a whole one
+    return DataLoader(_Batches(cache, plan, crop, batch_size, first), batch_size=None, num_workers=workers, generator=own)
 
-# %% ../nbs/04_crops.ipynb #9656b79a
+# %% ../nbs/04_crops.ipynb #63c8aed5
 def normalise(
     crops: torch.Tensor,  # (B, 3, H, W) uint8
     device: torch.device | str = "cpu",

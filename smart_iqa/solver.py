@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rates', 'make_optimizer', 'CropFeed', 'predict', 'TrainingError', 'Solver', 'make_model']
 
-# %% ../nbs/10_solver.ipynb #3b400556
+# %% ../nbs/10_solver.ipynb #82231ce9
 import math
 import os
 import time
@@ -24,7 +24,7 @@ from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
 from .records import append_line, read_lines, write_whole
 
-# %% ../nbs/10_solver.ipynb #7dd60224
+# %% ../nbs/10_solver.ipynb #a9b7094f
 def learning_rates(
     cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min
     step: int,             # optimizer steps done
@@ -46,7 +46,7 @@ def learning_rates(
         return cfg.lr, cfg.lr * ratio * 0.1 ** (int(epoch) // 6)
     return tuple(tiers)
 
-# %% ../nbs/10_solver.ipynb #7c250824
+# %% ../nbs/10_solver.ipynb #7e1e11cf
 def make_optimizer(
     model: nn.Module,
     cfg: Config,
@@ -57,7 +57,7 @@ def make_optimizer(
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/10_solver.ipynb #73e4bdb9
+# %% ../nbs/10_solver.ipynb #92ad21d2
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
     return np.flatnonzero((table.split == split).to_numpy())
 
@@ -92,7 +92,7 @@ class CropFeed:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(inputs)
 
-# %% ../nbs/10_solver.ipynb #e3bf5af4
+# %% ../nbs/10_solver.ipynb #b43cbdee
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -116,7 +116,7 @@ def predict(
     columns = dict(pred=s.mean(1), pred_std=spread, **{f"a{k + 1}": a[:, k] for k in range(4)})
     return feed.table.iloc[rows].reset_index(drop=True).assign(**columns)
 
-# %% ../nbs/10_solver.ipynb #32869a14
+# %% ../nbs/10_solver.ipynb #d18f3007
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the epoch, the step and the setting to change."
 
@@ -131,7 +131,7 @@ def _set_random_state(state: dict):
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../nbs/10_solver.ipynb #96152462
+# %% ../nbs/10_solver.ipynb #15411155
 class Solver:
     "Fits a model on the train part of a feed, chooses the epoch on its validation part, and can be resumed."
 
@@ -254,7 +254,7 @@ class Solver:
         stopped = f"no better epoch in {cfg.patience}" if stop and self.at["epoch"] < cfg.epochs else "all epochs done"
         return dict(best_epoch=self.at["best_epoch"], stopped=stopped, seconds=sum(r["seconds"] for r in self.history))
 
-# %% ../nbs/10_solver.ipynb #5a8a15b3
+# %% ../nbs/10_solver.ipynb #a9acac84
 def make_model(
     cfg: Config,
     mean_score: float | None = None,  # of the training pictures, for start_at_mean
