@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_positions', 'Plan', 'random_plan', 'grid_plan',
            'crop_batches', 'normalise', 'jitter']
 
-# %% ../nbs/04_crops.ipynb #9a1633ec
+# %% ../nbs/04_crops.ipynb #27088d7b
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +18,12 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-from .config import cache_dir, fingerprint
+from .config import cache_dir, fingerprint, track
 from .data import ImageSet, settle
 from .images import load_image, resize
 
-# %% ../nbs/04_crops.ipynb #ff6771cb
+# %% ../nbs/04_crops.ipynb #0bec8859
 @dataclass
 class PixelCache:
     "Decoded pictures of one set at one size: `cache[i]` is (H, W, 3) uint8, a view of the mapped file."
@@ -51,7 +50,7 @@ class PixelCache:
     def sizes(self) -> np.ndarray:  # (N, 2) height, width
         return self._where[:, 1:]
 
-# %% ../nbs/04_crops.ipynb #1d32e18d
+# %% ../nbs/04_crops.ipynb #10bd5636
 def _decode(path: Path, size: int, fit: str) -> np.ndarray | str:
     "Pixels of one picture, or the reason why there are none."
     try:
@@ -63,20 +62,19 @@ def _decode(path: Path, size: int, fit: str) -> np.ndarray | str:
 def _write_pixels(paths: list[Path], images: list[str], size: int, fit: str, file, progress: bool) -> tuple[list, list]:
     "Decode in threads (Pillow lets go of Python's lock), write in order; rows of the index and problems."
     rows, problems, offset, threads = [], [], 0, max(1, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(paths), desc="decoding", disable=not progress, leave=False) as bar:
-        for start in range(0, len(paths), 16 * threads):           # bounded: few decoded pictures wait at once
-            part = slice(start, start + 16 * threads)
-            for image, got in zip(images[part], pool.map(lambda p: _decode(p, size, fit), paths[part])):
-                if isinstance(got, str):
-                    problems.append((image, got))
-                else:
-                    file.write(got.tobytes())
-                    rows.append((image, offset, *got.shape[:2]))
-                    offset += got.size
-                bar.update()
+    with ThreadPoolExecutor(threads) as pool:
+        chunks = (slice(k, k + 16 * threads) for k in range(0, len(paths), 16 * threads))  # few decoded pictures wait at once
+        decoded = (d for c in chunks for d in pool.map(lambda p: _decode(p, size, fit), paths[c]))
+        for image, got in zip(images, track(decoded, len(paths), "decoding", progress)):
+            if isinstance(got, str):
+                problems.append((image, got))
+                continue
+            file.write(got.tobytes())
+            rows.append((image, offset, *got.shape[:2]))
+            offset += got.size
     return rows, problems
 
-# %% ../nbs/04_crops.ipynb #9d2d12b8
+# %% ../nbs/04_crops.ipynb #ee9b6f05
 def build_cache(
     images: ImageSet,
     size: int = 384,          # short side in pixels
@@ -108,7 +106,7 @@ def build_cache(
     images.table = images.table[~images.table.image.isin(bad.image)].reset_index(drop=True)
     return PixelCache(path, index)
 
-# %% ../nbs/04_crops.ipynb #a6617e55
+# %% ../nbs/04_crops.ipynb #1ed033b1
 def grid_shape(
     n: int,  # crops
 ) -> tuple[int, int]:  # along the shorter side, along the longer side
@@ -132,7 +130,7 @@ def grid_positions(
     y, x = np.meshgrid(along(height, rows).round(), along(width, columns).round(), indexing="ij")
     return np.stack([y.ravel(), x.ravel()], 1).astype(np.int64)
 
-# %% ../nbs/04_crops.ipynb #31390811
+# %% ../nbs/04_crops.ipynb #548ab1c9
 @dataclass
 class Plan:
     "The crops of one pass, in order: arrays of equal length."
@@ -170,7 +168,7 @@ def grid_plan(
     top, left = np.concatenate(corners).T if len(corners) else np.empty((2, 0), np.int64)
     return Plan(np.repeat(np.asarray(rows, np.int64), n), top, left, np.zeros(len(top), bool))
 
-# %% ../nbs/04_crops.ipynb #b8e419bd
+# %% ../nbs/04_crops.ipynb #3227b1cf
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB on 0-1
 
 
@@ -205,7 +203,7 @@ def crop_batches(
     own = torch.Generator()  # else every loader draws from the global generator, and a resumed run differs from a whole one
     return DataLoader(_Batches(cache, plan, crop, batch_size, first), batch_size=None, num_workers=workers, generator=own)
 
-# %% ../nbs/04_crops.ipynb #63c8aed5
+# %% ../nbs/04_crops.ipynb #20b970be
 def normalise(
     crops: torch.Tensor,  # (B, 3, H, W) uint8
     device: torch.device | str = "cpu",

@@ -7,7 +7,7 @@ __all__ = ['FACTS', 'READERS', 'KONIQ_PAPER_LEAVES_OUT', 'IMAGE_COLUMNS', 'SCORE
            'SetFacts', 'ImageSet', 'DataError', 'settle', 'read_labels', 'read_biq2021', 'read_koniq', 'read_csv',
            'read_demo', 'find_near_duplicates', 'group_pairs', 'take_groups', 'assign_splits', 'load_set', 'leaked']
 
-# %% ../nbs/03_data.ipynb #5318cafc
+# %% ../nbs/03_data.ipynb #2e1d170d
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +20,12 @@ import pandas as pd
 from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
-from .config import Config, cache_dir, check_names, fingerprint
+from .config import Config, cache_dir, check_names, fingerprint, track
 from .demo import DEMO_NOTE, render_demo
 from .images import load_image
 
-# %% ../nbs/03_data.ipynb #711b5960
+# %% ../nbs/03_data.ipynb #e1d8069b
 @dataclass(frozen=True)
 class SetFacts:
     "What is known about an image set without looking at it."
@@ -42,7 +41,7 @@ FACTS = {
     "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels"),
 }
 
-# %% ../nbs/03_data.ipynb #f0166e28
+# %% ../nbs/03_data.ipynb #9e2a415a
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -64,7 +63,7 @@ class ImageSet:
         "A hash of the table's content; it names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False))
 
-# %% ../nbs/03_data.ipynb #8fbce764
+# %% ../nbs/03_data.ipynb #9da2097d
 class DataError(ValueError):
     "Something about an image set on disk is wrong; the message names it and says how to mend it."
 
@@ -83,7 +82,7 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/03_data.ipynb #92ece829
+# %% ../nbs/03_data.ipynb #1116c586
 READERS = {".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet,
            ".json": pd.read_json, ".jsonl": lambda p: pd.read_json(p, lines=True), ".xlsx": pd.read_excel}
 
@@ -113,7 +112,7 @@ def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
         raise DataError(f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}")
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
 
-# %% ../nbs/03_data.ipynb #e3c36f9f
+# %% ../nbs/03_data.ipynb #7957bfd8
 def _first(root: Path, *names: str) -> Path:
     "The first of several files or folders that exists, or a DataError that lists them."
     for name in names:
@@ -131,7 +130,7 @@ def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     return table.assign(image="Images/" + table.image.astype(str))
 
-# %% ../nbs/03_data.ipynb #71c6a0d5
+# %% ../nbs/03_data.ipynb #abddb3b8
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
 6285698915 7574416384 80184044 121123359 213906996 3483143101 3632417985 44009500""".split()
 _KONIQ_SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -177,7 +176,7 @@ def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
         t = t[~t.name.isin([f"{n}.jpg" for n in KONIQ_PAPER_LEAVES_OUT])]
     return t.drop(columns="name")
 
-# %% ../nbs/03_data.ipynb #301f564e
+# %% ../nbs/03_data.ipynb #a3f101e7
 IMAGE_COLUMNS = ("image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path")
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
@@ -215,7 +214,7 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
 
 _LOADERS = {"biq2021": read_biq2021, "koniq-10k": read_koniq, "csv": read_csv, "demo": read_demo}
 
-# %% ../nbs/03_data.ipynb #8cdc692e
+# %% ../nbs/03_data.ipynb #a85c3663
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
     t = raw.reset_index(drop=True).copy()
@@ -250,7 +249,7 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
         found.append(f"{folder}/{hits[0]}".lstrip("/") if len(hits) == 1 else image)
     return found, missing
 
-# %% ../nbs/03_data.ipynb #f5bde7d1
+# %% ../nbs/03_data.ipynb #e0b9186e
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -274,7 +273,7 @@ def find_near_duplicates(
 ) -> pd.DataFrame:             # a, b (row numbers, a < b), bits, correlation
     "All pairs of near-duplicates among some thousand pictures. Blank and unreadable pictures resemble nothing."
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        sketches = list(tqdm(pool.map(_sketch, paths), total=len(paths), desc="hashing", disable=not progress, leave=False))
+        sketches = list(track(pool.map(_sketch, paths), len(paths), "looking for near-duplicates", progress))
     hashes, thumbs = np.array([h for h, _ in sketches], np.uint64), np.array([t for _, t in sketches], np.float32)
     pairs = []
     for a in range(len(paths) - 1):
@@ -295,7 +294,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/03_data.ipynb #b2671619
+# %% ../nbs/03_data.ipynb #fd1d1b6b
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -329,7 +328,7 @@ def assign_splits(
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.val_fraction, [cfg.split_seed, 1])]] = "val"
     return split
 
-# %% ../nbs/03_data.ipynb #ac5f9331
+# %% ../nbs/03_data.ipynb #37ad4aba
 def load_set(
     cfg: Config,             # dataset, root, labels ..., split ..., on_error, group_duplicates, limit
     progress: bool = False,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rates', 'make_optimizer', 'CropFeed', 'predict', 'TrainingError', 'Solver', 'make_model']
 
-# %% ../nbs/10_solver.ipynb #82231ce9
+# %% ../nbs/10_solver.ipynb #a178fc97
 import math
 import os
 import time
@@ -15,16 +15,15 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from .config import Config, pick_device, seed_everything, use_bf16
+from .config import Config, pick_device, seed_everything, track, use_bf16
 from .crops import PixelCache, crop_batches, grid_plan, jitter, normalise, random_plan
 from .losses import get_loss
 from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
-from .records import append_line, read_lines, write_whole
+from .records import append_line, read_lines, write_lines
 
-# %% ../nbs/10_solver.ipynb #a9b7094f
+# %% ../nbs/10_solver.ipynb #fd961272
 def learning_rates(
     cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min
     step: int,             # optimizer steps done
@@ -46,7 +45,7 @@ def learning_rates(
         return cfg.lr, cfg.lr * ratio * 0.1 ** (int(epoch) // 6)
     return tuple(tiers)
 
-# %% ../nbs/10_solver.ipynb #7e1e11cf
+# %% ../nbs/10_solver.ipynb #559adb6c
 def make_optimizer(
     model: nn.Module,
     cfg: Config,
@@ -57,7 +56,7 @@ def make_optimizer(
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/10_solver.ipynb #92ad21d2
+# %% ../nbs/10_solver.ipynb #4a1a0ee5
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
     return np.flatnonzero((table.split == split).to_numpy())
 
@@ -92,7 +91,7 @@ class CropFeed:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(inputs)
 
-# %% ../nbs/10_solver.ipynb #b43cbdee
+# %% ../nbs/10_solver.ipynb #16243b66
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -104,9 +103,9 @@ def predict(
     "Score every picture of a part. `pred_std` is the standard deviation over its crops (0-100), NaN for one crop."
     model.eval()
     rows = _rows(feed.table, split)
-    scores, attention, started = [], [], time.time()
-    batches = feed.test_batches(rows, n_crops)
-    for inputs in tqdm(batches, desc=f"scoring {split}", disable=not progress, leave=False, mininterval=5):
+    scores, attention = [], []
+    n_batches = -(-len(rows) * n_crops // feed.cfg.batch_size)
+    for inputs in track(feed.test_batches(rows, n_crops), n_batches, f"scoring {split}", progress):
         scores.append(feed.score(model, inputs).float().cpu().numpy())
         if model.last_attention_weights is not None:
             attention.append(model.last_attention_weights.float().cpu().numpy())
@@ -116,7 +115,7 @@ def predict(
     columns = dict(pred=s.mean(1), pred_std=spread, **{f"a{k + 1}": a[:, k] for k in range(4)})
     return feed.table.iloc[rows].reset_index(drop=True).assign(**columns)
 
-# %% ../nbs/10_solver.ipynb #d18f3007
+# %% ../nbs/10_solver.ipynb #673c0f9a
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the epoch, the step and the setting to change."
 
@@ -131,7 +130,7 @@ def _set_random_state(state: dict):
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../nbs/10_solver.ipynb #15411155
+# %% ../nbs/10_solver.ipynb #86e0c4f5
 class Solver:
     "Fits a model on the train part of a feed, chooses the epoch on its validation part, and can be resumed."
 
@@ -199,10 +198,8 @@ class Solver:
         if at["batch"] == 0:
             seed_everything(cfg.seed, at["epoch"])
         batches = self.feed.train_batches(at["epoch"], at["batch"])
-        bar = tqdm(batches, desc=f"epoch {at['epoch'] + 1}/{cfg.epochs}", total=n, initial=at["batch"], leave=False,
-                   disable=not self.progress, mininterval=5)
         started, before = time.time(), at["seconds"]
-        for inputs, rows in bar:
+        for inputs, rows in track(batches, n, f"epoch {at['epoch'] + 1}/{cfg.epochs}", self.progress, at["batch"]):
             loss = self.loss(self.feed.score(self.model, inputs).float(), self.scores[rows], self.stds[rows])
             if not torch.isfinite(loss):
                 raise TrainingError(f"the loss is {loss.item()} in epoch {at['epoch'] + 1}, batch {at['batch'] + 1}: lower lr (now "
@@ -239,8 +236,7 @@ class Solver:
     def fit(self) -> dict:  # best_epoch, stopped, seconds
         "Train until the epochs are done or patience ends; afterwards `self.model` is the best model, in eval mode."
         self.resume()
-        lines = "".join(pd.Series(row).to_json() + "\n" for row in self.history)  # an epoch past the resume point is run again
-        write_whole(self.folder / "metrics.jsonl", lines)
+        write_lines(self.folder / "metrics.jsonl", self.history)  # an epoch past the resume point is run again
         cfg, stop = self.cfg, False
         stop = bool(cfg.patience) and bool(self.history) and self.at["epoch"] - self.at["best_epoch"] >= cfg.patience
         while self.at["epoch"] < cfg.epochs and not stop:
@@ -254,7 +250,7 @@ class Solver:
         stopped = f"no better epoch in {cfg.patience}" if stop and self.at["epoch"] < cfg.epochs else "all epochs done"
         return dict(best_epoch=self.at["best_epoch"], stopped=stopped, seconds=sum(r["seconds"] for r in self.history))
 
-# %% ../nbs/10_solver.ipynb #a9acac84
+# %% ../nbs/10_solver.ipynb #052dff78
 def make_model(
     cfg: Config,
     mean_score: float | None = None,  # of the training pictures, for start_at_mean
