@@ -6,7 +6,7 @@
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'run_id',
            'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'track']
 
-# %% ../nbs/00_config.ipynb #23be2371
+# %% ../nbs/00_config.ipynb #31209388
 import difflib
 import hashlib
 import json
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_config.ipynb #6e5028a8
+# %% ../nbs/00_config.ipynb #b5099f96
 @dataclass(frozen=True)
 class Config:
     "Every parameter of a run. `None` for a path means *not given*."
@@ -91,7 +91,7 @@ class Config:
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
-# %% ../nbs/00_config.ipynb #039b8468
+# %% ../nbs/00_config.ipynb #731bb8c6
 MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
@@ -106,7 +106,7 @@ PROFILES = {
 }
 LEGACY = dict(fit="squash", test_positions="random", flip=True)
 
-# %% ../nbs/00_config.ipynb #5204bdc8
+# %% ../nbs/00_config.ipynb #477c36ff
 _TYPES = {f.name: f.type for f in fields(Config)}
 _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), on_error=("raise", "skip"),
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"),
@@ -128,7 +128,7 @@ def _convert(name: str, value):
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
-# %% ../nbs/00_config.ipynb #124d421f
+# %% ../nbs/00_config.ipynb #2fce8763
 def check_names(
     names,    # names that somebody used
     allowed,  # names that exist
@@ -141,7 +141,7 @@ def check_names(
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(allowed)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
 
-# %% ../nbs/00_config.ipynb #c71aab89
+# %% ../nbs/00_config.ipynb #1fdf4d5a
 def make_config(
     profile: str = "paper",  # "demo", "lite" or "paper"
     **values,                # any field of `Config`; None keeps the profile's value
@@ -162,7 +162,7 @@ def make_config(
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
     return cfg
 
-# %% ../nbs/00_config.ipynb #0a4721e2
+# %% ../nbs/00_config.ipynb #d9a205bf
 def fingerprint(
     value,            # anything that json can write
     length: int = 10, # hexadecimal digits
@@ -182,7 +182,7 @@ def run_id(
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
     return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([what, data])}"
 
-# %% ../nbs/00_config.ipynb #8816e005
+# %% ../nbs/00_config.ipynb #82f2ebf6
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
@@ -203,7 +203,7 @@ def pick_device(
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_config.ipynb #de08fc7b
+# %% ../nbs/00_config.ipynb #379e3dea
 def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
@@ -225,7 +225,7 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #faa48eac
+# %% ../nbs/00_config.ipynb #99d4c81f
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
 

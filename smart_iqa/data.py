@@ -7,7 +7,7 @@ __all__ = ['FACTS', 'READERS', 'KONIQ_PAPER_LEAVES_OUT', 'IMAGE_COLUMNS', 'SCORE
            'SetFacts', 'ImageSet', 'DataError', 'settle', 'read_labels', 'read_biq2021', 'read_koniq', 'read_csv',
            'read_demo', 'find_near_duplicates', 'group_pairs', 'take_groups', 'assign_splits', 'load_set', 'leaked']
 
-# %% ../nbs/03_data.ipynb #f0632963
+# %% ../nbs/03_data.ipynb #6fee2a06
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from .config import Config, cache_dir, check_names, fingerprint, track
 from .demo import DEMO_NOTE, render_demo
 from .images import load_image
 
-# %% ../nbs/03_data.ipynb #2797a86e
+# %% ../nbs/03_data.ipynb #1afb7266
 @dataclass(frozen=True)
 class SetFacts:
     "What is known about an image set without looking at it."
@@ -41,7 +41,7 @@ FACTS = {
     "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels"),
 }
 
-# %% ../nbs/03_data.ipynb #a785a59b
+# %% ../nbs/03_data.ipynb #9954bdb8
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -63,7 +63,7 @@ class ImageSet:
         "A hash of the table's content; it names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False))
 
-# %% ../nbs/03_data.ipynb #0e132f7f
+# %% ../nbs/03_data.ipynb #316507b5
 class DataError(ValueError):
     "Something about an image set on disk is wrong; the message names it and says how to mend it."
 
@@ -82,7 +82,7 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/03_data.ipynb #df5978ae
+# %% ../nbs/03_data.ipynb #612d462f
 READERS = {".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet,
            ".json": pd.read_json, ".jsonl": lambda p: pd.read_json(p, lines=True), ".xlsx": pd.read_excel}
 
@@ -112,7 +112,7 @@ def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
         raise DataError(f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}")
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
 
-# %% ../nbs/03_data.ipynb #06137d33
+# %% ../nbs/03_data.ipynb #abc09c1d
 def _first(root: Path, *names: str) -> Path:
     "The first of several files or folders that exists, or a DataError that lists them."
     for name in names:
@@ -130,7 +130,7 @@ def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     return table.assign(image="Images/" + table.image.astype(str))
 
-# %% ../nbs/03_data.ipynb #1ee262e5
+# %% ../nbs/03_data.ipynb #703132d3
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
 6285698915 7574416384 80184044 121123359 213906996 3483143101 3632417985 44009500""".split()
 _KONIQ_SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -176,7 +176,7 @@ def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
         t = t[~t.name.isin([f"{n}.jpg" for n in KONIQ_PAPER_LEAVES_OUT])]
     return t.drop(columns="name")
 
-# %% ../nbs/03_data.ipynb #d07658c0
+# %% ../nbs/03_data.ipynb #dee7e873
 IMAGE_COLUMNS = ("image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path")
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
@@ -214,7 +214,7 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
 
 _LOADERS = {"biq2021": read_biq2021, "koniq-10k": read_koniq, "csv": read_csv, "demo": read_demo}
 
-# %% ../nbs/03_data.ipynb #08f26dfe
+# %% ../nbs/03_data.ipynb #df7bd2e1
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
     t = raw.reset_index(drop=True).copy()
@@ -249,7 +249,7 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
         found.append(f"{folder}/{hits[0]}".lstrip("/") if len(hits) == 1 else image)
     return found, missing
 
-# %% ../nbs/03_data.ipynb #3b6ba00d
+# %% ../nbs/03_data.ipynb #dbb1c8c8
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -294,7 +294,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/03_data.ipynb #5a7a0e49
+# %% ../nbs/03_data.ipynb #53ff7b9b
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -330,7 +330,7 @@ def assign_splits(
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.val_fraction, [cfg.split_seed, 1])]] = "val"
     return split
 
-# %% ../nbs/03_data.ipynb #46daffd2
+# %% ../nbs/03_data.ipynb #2d5fa349
 def load_set(
     cfg: Config,             # dataset, root, labels ..., split ..., on_error, group_duplicates, limit
     progress: bool = False,

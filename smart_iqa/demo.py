@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO_NOTE', 'PHOTOS', 'WINDOW', 'DISTORTIONS', 'VERSION', 'Photo', 'distort', 'reference_score', 'render_demo']
 
-# %% ../nbs/02_demo.ipynb #469d6276
+# %% ../nbs/02_demo.ipynb #f0bda6f6
 import io
 import json
 import os
@@ -23,7 +23,7 @@ from tqdm import tqdm
 DEMO_NOTE = ("Rendered demo set: labels are a full-reference score (multi-scale SSIM), not opinions. "
              "Its numbers are no claim about people.")
 
-# %% ../nbs/02_demo.ipynb #f29f9cad
+# %% ../nbs/02_demo.ipynb #d399d659
 class Photo(NamedTuple):
     "A photograph inside a dependency's wheel, and what we cut out of it."
     ref: str        # name, the `ref` column
@@ -33,7 +33,7 @@ class Photo(NamedTuple):
     windows: tuple  # (x, y) of each scene, as fractions of the free room
     terms: str      # what the package says about copyright
 
-# %% ../nbs/02_demo.ipynb #fc5989d9
+# %% ../nbs/02_demo.ipynb #8eb31b65
 PHOTOS = (
     Photo("camera", "skimage", "data/camera.png", "train", ((0.2, 0), (1, 1)), "CC0, Lav Varshney"),
     Photo("chelsea", "skimage", "data/chelsea.png", "train", ((0.5, 0.5),), "CC0, Stefan van der Walt"),
@@ -49,7 +49,7 @@ PHOTOS = (
     Photo("coffee", "skimage", "data/coffee.png", "test", ((0.3, 0.3),), "CC0, Rachel Michetti"),
 )
 
-# %% ../nbs/02_demo.ipynb #03856491
+# %% ../nbs/02_demo.ipynb #1e4944e4
 WINDOW = 288  # side of a scene in the photograph, pixels
 
 def _scenes(
@@ -65,7 +65,7 @@ def _scenes(
     scenes = [image.crop((x, y, x + WINDOW, y + WINDOW)) for x, y in boxes]
     return [s if size == WINDOW else s.resize((size, size), Image.Resampling.LANCZOS) for s in scenes]
 
-# %% ../nbs/02_demo.ipynb #e8f3fe3d
+# %% ../nbs/02_demo.ipynb #ce1ae28a
 def _blur(im, sigma, rng): return im.filter(ImageFilter.GaussianBlur(sigma))
 def _dark(im, gain, rng): return im.point([round(v * gain) for v in range(256)] * 3)
 def _posterize(im, n, rng): return im.point([round(round(v / 255 * (n - 1)) * 255 / (n - 1)) for v in range(256)] * 3)
@@ -82,7 +82,7 @@ def _pixelate(im, factor, rng):
     small = im.resize((round(im.width / factor), round(im.height / factor)), Image.Resampling.BOX)
     return small.resize(im.size, Image.Resampling.NEAREST)
 
-# %% ../nbs/02_demo.ipynb #440fd24b
+# %% ../nbs/02_demo.ipynb #83a5c846
 DISTORTIONS = {  # name: (function, strength at level 1..5)
     "blur": (_blur, (0.7, 1.2, 2, 3.5, 6)),              # sigma, pixels
     "noise": (_noise, (5, 11, 20, 36, 64)),              # sigma, grey levels, each channel its own
@@ -104,7 +104,7 @@ def distort(
     f, strengths = DISTORTIONS[distortion]
     return f(image, strengths[level - 1], np.random.default_rng(0) if rng is None else rng)
 
-# %% ../nbs/02_demo.ipynb #79daa47d
+# %% ../nbs/02_demo.ipynb #e90ee271
 def reference_score(
     image: Image.Image,     # RGB picture to judge
     pristine: Image.Image,  # RGB original of the same size, short side at least 44 pixels
@@ -118,7 +118,7 @@ def reference_score(
         values.append(structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
     return float(100 * (1 - np.sqrt(1 - np.clip(np.mean(values), 0, 1))))
 
-# %% ../nbs/02_demo.ipynb #b3b7e9ac
+# %% ../nbs/02_demo.ipynb #7e47e1a8
 VERSION = 1  # raise it whenever pixels or labels change: old folders are then rendered again
 
 def _pictures(photo: Photo, size: int, seed: int):
@@ -131,7 +131,7 @@ def _pictures(photo: Photo, size: int, seed: int):
             mos = round(reference_score(image, scene), 2)
             yield dict(image=path, mos=mos, ref=photo.ref, distortion=name, level=level, split=photo.split), image
 
-# %% ../nbs/02_demo.ipynb #5cbe25eb
+# %% ../nbs/02_demo.ipynb #983a4dc6
 def _write(path: Path, data: bytes):
     "Write a file whole or not at all."
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
@@ -147,7 +147,7 @@ def _read(root: Path, made: dict):
     whole = all((root / p).is_file() and (root / p).stat().st_size for p in table.image)
     return table if whole and len(table) == made["pictures"] else None
 
-# %% ../nbs/02_demo.ipynb #340827cf
+# %% ../nbs/02_demo.ipynb #ec6487c8
 def render_demo(
     root,                   # folder to make or to reuse
     size: int = WINDOW,     # side of the square pictures, 64 to 288 pixels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'ridge_baseline']
 
-# %% ../nbs/11_frozen.ipynb #eacc2913
+# %% ../nbs/11_frozen.ipynb #7de59572
 import hashlib
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
-# %% ../nbs/11_frozen.ipynb #03447ad7
+# %% ../nbs/11_frozen.ipynb #c915c4b2
 def weights_digest(model: nn.Module) -> str:
     "A fingerprint of all weights and statistics of a model."
     digest = hashlib.blake2b(digest_size=8)
@@ -65,7 +65,7 @@ def compute_features(
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/11_frozen.ipynb #c053c148
+# %% ../nbs/11_frozen.ipynb #658c4fce
 class FrozenFeed(CropFeed):
     "Precomputed features of fixed training crops and of the test grid, in place of crops."
 
@@ -104,7 +104,7 @@ class FrozenFeed(CropFeed):
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
         return model.head(inputs)
 
-# %% ../nbs/11_frozen.ipynb #dbca0534
+# %% ../nbs/11_frozen.ipynb #0c0f752f
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'MIN_SCENES', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'code_commit',
            'environment', 'summarise', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs']
 
-# %% ../nbs/09_records.ipynb #855f9e58
+# %% ../nbs/09_records.ipynb #6cb1aeae
 import json
 import math
 import os
@@ -23,7 +23,7 @@ from .config import Config, run_id
 from .data import ImageSet
 from .metrics import compare, evaluate
 
-# %% ../nbs/09_records.ipynb #a30833a1
+# %% ../nbs/09_records.ipynb #b5963eab
 def write_whole(
     path: str | Path,
     content: str | bytes,
@@ -52,7 +52,7 @@ def write_json(path: str | Path, value):
     "Write a value as indented JSON, whole or not at all."
     write_whole(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/09_records.ipynb #cd08404c
+# %% ../nbs/09_records.ipynb #49de779a
 def write_lines(path: str | Path, rows: list[dict]):
     "Write a whole journal anew."
     write_whole(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
@@ -80,7 +80,7 @@ def read_lines(
                 raise ValueError(f"{path}: line {number} is not JSON; restore it, or cut the file there") from None
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #2c74ed76
+# %% ../nbs/09_records.ipynb #56ba577d
 PACKAGES = ("smart_iqa", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "Pillow", "scikit-learn", "papermill")
 
 
@@ -113,7 +113,7 @@ def environment() -> dict:
                 platform.machine(), cores=os.cpu_count(), gpu=cuda, threads=torch.get_num_threads(),
                 packages={p: _version(p) for p in PACKAGES})
 
-# %% ../nbs/09_records.ipynb #0face0d9
+# %% ../nbs/09_records.ipynb #c07a034f
 MIN_SCENES = 10  # fewer scenes than this cannot be resampled; then pictures are, and the record says so
 
 
@@ -144,7 +144,7 @@ def summarise(
         result["comparison"] = {k: compare(d.pred, d.baseline, d.score, n_boot=2 * n_boot, groups=groups[k]) for k, d in parts.items()}
     return result
 
-# %% ../nbs/09_records.ipynb #8fc3cdcc
+# %% ../nbs/09_records.ipynb #3313e02c
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 

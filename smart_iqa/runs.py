@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunError', 'experiments', 'find_notebook', 'parameters_of', 'parse_value', 'execute']
 
-# %% ../nbs/13_runs.ipynb #198036e8
+# %% ../nbs/13_runs.ipynb #2f8afab1
 import os
 import sys
 import tempfile
@@ -24,7 +24,7 @@ from .config import PROGRESS, Config, check_names, fingerprint, make_config
 from .data import load_set
 from .records import is_finished, read_lines, run_folder
 
-# %% ../nbs/13_runs.ipynb #232d85cc
+# %% ../nbs/13_runs.ipynb #95601a52
 class RunError(RuntimeError):
     "A run did not finish; the message says where and how to go on."
 
@@ -59,7 +59,7 @@ def parameters_of(
         raise ValueError(f"{path}: has no cell tagged 'parameters' (nbdev_clean strips the tag without allowed_cell_metadata_keys = tags)")
     return {name: dict(default=p["default"], help=p["help"]) for name, p in found.items()}
 
-# %% ../nbs/13_runs.ipynb #bcd072da
+# %% ../nbs/13_runs.ipynb #772a9412
 def parse_value(text: str):
     "A value given as text: YAML, and numbers such as 1e-4."
     try:
@@ -71,7 +71,7 @@ def parse_value(text: str):
     except ValueError:
         return value
 
-# %% ../nbs/13_runs.ipynb #9afdb5db
+# %% ../nbs/13_runs.ipynb #9ade655c
 def _line(state: dict) -> str:
     "One line about a progress state: what, how far, rate, time left."
     done, rate = state["done"], (state["done"] - state["initial"]) / max(state["seconds"], 1e-9)
@@ -124,7 +124,7 @@ class _Watcher:
                       f"PLCC {row['val_plcc'] or float('nan'):.4f}, {row['seconds']:.0f} s")
         self.epochs = max(self.epochs, len(history))
 
-# %% ../nbs/13_runs.ipynb #c6a15e4f
+# %% ../nbs/13_runs.ipynb #7ea44aa2
 def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name: str | None) -> Path:
     "The folder of a run: by configuration and data where the notebook takes a whole configuration, else by its parameters."
     names = [f for f in Config.__dataclass_fields__ if f in known]

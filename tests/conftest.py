@@ -1,0 +1,78 @@
+"""Stand-in sets for the tests: small synthetic pictures whose score is how little noise they carry."""
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from smart_iqa.config import make_config
+from smart_iqa.crops import build_cache
+from smart_iqa.data import load_set
+from smart_iqa.solver import CropFeed, make_model
+
+SPLITS = ["train"] * 25 + ["val"] * 8 + ["test"] * 8  # 25: batches of 8 leave a last batch of one picture
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a minute; leave out with -m 'not slow'")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Small models are no faster on more threads, and bit-equality asks for one number of threads everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Nothing that a test computes lands in the user's cache."""
+    if "SMART_IQA_CACHE" not in os.environ:
+        monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def picture(seed: int, width: int = 96, height: int = 80, noise: float = 0.0) -> Image.Image:
+    """A smooth scene in colour, different for every seed, with noise of a known strength (grey levels)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    waves = [sum(np.sin(2 * np.pi * (a * x + b * y) + c) for a, b, c in rng.uniform(-3, 3, (3, 3))) for _ in range(3)]
+    pixels = 128 + 36 * np.stack(waves, -1) + rng.normal(0, max(noise, 1e-9), (height, width, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def write_set(folder, scores=None, splits=SPLITS):
+    """Pictures and labels.csv (image, score, split) in a folder; score 0-100 is 100 minus the noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = np.random.default_rng(0).uniform(5, 95, len(splits)).round(2)
+    for k, score in enumerate(own):
+        picture(k, 80 + 16 * (k % 3), 72 + 16 * (k % 2), 100 - score).save(folder / f"p{k}.png")
+    names = [f"p{k}.png" for k in range(len(splits))]
+    pd.DataFrame(dict(image=names, score=own if scores is None else scores, split=splits)).to_csv(folder / "labels.csv", index=False)
+    return folder
+
+
+def small_config(root, **values):
+    """A csv set under a model of a million weights, so that an epoch takes a second."""
+    given = dict(dataset="csv", root=str(root), labels="labels.csv", score_range="0,100", backbone="test_efficientnet",
+                 pretrained="none", size=64, crop=64, train_crops=1, val_crops=2, test_crops=4, epochs=2, batch_size=8, lr=1e-3,
+                 head_lr_ratio=1.0, weight_decay=0.01, patience=0, amp="off", device="cpu", group_duplicates=False,
+                 start_at_mean=True, loss="smooth_l1")
+    return make_config(**given | values)
+
+
+def prepare(cfg):
+    """Image set, pixel cache, feed and model of a configuration, as a run makes them."""
+    images = load_set(cfg)
+    cache = build_cache(images, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
+    model = make_model(cfg, float(images.part("train").score.mean()))
+    return images, CropFeed(cache, images.table, cfg, torch.device("cpu")), model
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    """The folder of a healthy set: 25 + 8 + 8 pictures. Copy it before you harm it."""
+    return write_set(tmp_path_factory.mktemp("standin"))

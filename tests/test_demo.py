@@ -1,0 +1,147 @@
+"""The demo end to end through papermill and the command line; a killed run; the installed wheel."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from smart_iqa.demo import DEMO_NOTE
+from smart_iqa.records import read_run
+from smart_iqa.runs import RunError, execute
+
+COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
+SMALL = dict(profile="demo", limit=24, epochs=3, train_crops=1, val_crops=1, test_crops=1, batch_size=8, crop=64, size=64, amp="off",
+             baseline=False, pretrained="none", checkpoint_minutes=0.0, threads=1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One rendered demo set and pixel cache for all tests of this file."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, cache):
+    """`smart-iqa demo`, as the README's first command runs it: its output and its folder of runs."""
+    out = tmp_path_factory.mktemp("demo")
+    done = subprocess.run([*COMMAND, "demo", "--out", str(out)], capture_output=True, text=True, timeout=1200, env={**os.environ, "SMART_IQA_CACHE": cache})
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
+
+
+def test_demo_prints_where_things_are(demo):
+    """What it prints exists, progress is shown, and the numbers say that they are about a rendered set."""
+    text, _ = demo
+    paths = re.findall(r"(/\S+(?:record\.json|run\.ipynb|\.png))", text)
+    assert len(paths) >= 5 and all(Path(p).is_file() for p in paths)
+    assert DEMO_NOTE in text and "epoch 1: train loss" in text and "validation SRCC" in text
+
+
+def test_demo_record(demo):
+    """The record holds what the design promises, and the model learned: test SRCC well above chance on scenes it never saw."""
+    folder = next(demo[1].glob("demo/*/"))
+    run = read_run(folder)
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.jsonl", "predictions.csv", "checkpoint.safetensors", "environment.json",
+                                                  "figures", "run.ipynb"}
+    assert not (folder / "resume.pt").exists()
+    assert run["parts"]["test"]["srcc"] > 0.6 and run["note"] == DEMO_NOTE
+    assert run["best_epoch"] == run["history"].set_index("epoch").val_srcc.idxmax()
+    p = run["predictions"]
+    assert {"pred", "pred_std", "a1", "a2", "a3", "a4", "baseline", "near_duplicate"} <= set(p.columns)
+    assert set(p.split) == {"val", "test"} and not set(p.ref[p.split == "val"]) & set(p.ref[p.split == "test"])
+    assert (p[["a1", "a2", "a3", "a4"]].sum(axis=1) - 1).abs().max() < 1e-3
+    assert {"commit", "packages", "seed"} <= set(run["environment"])
+
+
+def test_demo_notebook_draws(demo):
+    """The executed notebook has the three figures in it and no error."""
+    nb = nbformat.read(next(demo[1].glob("demo/*/run.ipynb")), 4)
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
+    assert not [o for o in outputs if o.output_type == "error"]
+
+
+def test_a_finished_run_is_skipped(demo, cache):
+    """The same command again trains nothing."""
+    record = next(demo[1].glob("demo/*/record.json"))
+    before = record.stat().st_mtime_ns
+    again = subprocess.run([*COMMAND, "demo", "--out", str(demo[1])], capture_output=True, text=True, timeout=300, env={**os.environ, "SMART_IQA_CACHE": cache})
+    assert again.returncode == 0 and "finished before" in again.stdout and record.stat().st_mtime_ns == before
+
+
+def test_evaluate_reproduces_the_run(demo, cache, tmp_path):
+    """The evaluate notebook, from the run's folder, gives the test scores that the run wrote down."""
+    folder = next(demo[1].glob("demo/*/"))
+    done = execute("evaluate", dict(checkpoint=str(folder), cache=cache), out=tmp_path, echo=None)
+    a, b = read_run(folder)["predictions"], read_run(done)["predictions"]
+    both = a[a.split == "test"].merge(b, on="image")
+    assert len(both) == len(b) and (both.pred_x - both.pred_y).abs().max() < 0.01
+
+
+def test_runs_are_listed(demo):
+    """`smart-iqa runs` shows the run with its headline number."""
+    done = subprocess.run([*COMMAND, "runs", "--out", str(demo[1])], capture_output=True, text=True, timeout=120)
+    assert "demo-lite-s0" in done.stdout and "test_srcc" in done.stdout
+
+
+def test_a_wrong_parameter_is_an_error_before_anything_starts(tmp_path):
+    """Papermill only logs unknown parameters; a misspelt learning rate must not train with the default."""
+    done = subprocess.run([*COMMAND, "run", "train", "learning_rat=1", "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "learning_rat" in done.stderr and not (tmp_path / "o").exists()
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
+    """kill -9 of the launcher and its kernel in the middle of training; the same call then ends as an undisturbed run does."""
+    words = [f"{k}={v}" for k, v in (SMALL | dict(cache=cache)).items()]
+    whole = execute("train", SMALL | dict(cache=cache), out=tmp_path / "whole", echo=None)
+    command = [*COMMAND, "run", "train", *words, "--out", str(tmp_path / "killed")]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    killed = tmp_path / "killed" / "runs" / whole.name
+    deadline = time.time() + 300
+    while not (killed / "resume.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    subprocess.run(["pkill", "-9", "-f", str(killed)], check=False)
+    assert (killed / "resume.pt").exists() and not (killed / "record.json").exists(), "the kill came too late to test anything"
+    time.sleep(1)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and "going on" in again.stdout, again.stderr
+    a, b = (load_file(f / "checkpoint.safetensors") for f in (whole, killed))
+    assert all((a[k] == b[k]).all() for k in a)
+    pd.testing.assert_frame_equal(read_run(whole)["predictions"], read_run(killed)["predictions"])
+    drop = dict(columns="seconds")
+    pd.testing.assert_frame_equal(read_run(whole)["history"].drop(**drop), read_run(killed)["history"].drop(**drop))
+
+
+def test_a_failing_run_says_why(tmp_path, cache):
+    """A loss that explodes: the error names epoch and setting, the executed notebook is kept, no record is written."""
+    with pytest.raises(RunError, match="lower lr"):
+        execute("train", SMALL | dict(cache=cache, lr=1e30, clip=0.0, schedule="constant", warmup=0.0, name="explodes"), out=tmp_path, echo=None)
+    assert not list(tmp_path.glob("*/*/record.json")) and list(tmp_path.glob("*/*/run.ipynb"))
+
+
+def test_the_wheel_carries_notebooks_and_data(tmp_path):
+    """An installed wheel can run experiments: they, and the published results, are in it."""
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(root)], check=True, timeout=600)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for wanted in ("smart_iqa/experiments/train.ipynb", "smart_iqa/experiments/evaluate.ipynb", "smart_iqa/data_files/published.csv", "smart_iqa/model.py"):
+        assert wanted in names
+    assert json.loads(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).read("smart_iqa/experiments/train.ipynb"))["nbformat"] == 4
+
+
+def test_the_readme_one_liner():
+    """89,111,941 parameters, without network or weights."""
+    code = "from smart_iqa import SmartIQA; m=SmartIQA(model_size='base',use_attention=True,pretrained=False); print(sum(p.numel() for p in m.parameters()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.strip() == "89111941"

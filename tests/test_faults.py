@@ -1,0 +1,714 @@
+"""Hostile files, labels and checkpoints: each is read rightly, or refused by an error that names it. Never a wrong number."""
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SPLITS, picture, prepare, small_config, write_set
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy.stats import ConstantInputWarning
+
+from smart_iqa.config import make_config
+from smart_iqa.crops import build_cache, grid_plan, random_plan
+from smart_iqa.data import DataError, load_set, read_labels
+from smart_iqa.images import ImageError, load_image, resize
+from smart_iqa.metrics import evaluate
+from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_checkpoint
+from smart_iqa.records import open_run, read_lines
+from smart_iqa.solver import Solver, TrainingError, predict
+
+as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(load_image(path)).astype(int)
+
+
+@pytest.fixture
+def folder(standin, tmp_path):
+    """A copy of the healthy set, to be harmed."""
+    return shutil.copytree(standin, tmp_path / "set")
+
+
+def relabel(folder, change):
+    """Replace the label table by what a function makes of it."""
+    change(pd.read_csv(folder / "labels.csv")).to_csv(folder / "labels.csv", index=False)
+
+
+# -- pictures: modes ---------------------------------------------------------------------------------------------------
+def test_16_bit_grey_keeps_its_values(tmp_path):
+    """Pillow's own conversion clips at 255, which turns nearly every 16-bit picture white."""
+    ramp = np.linspace(0, 65535, 256 * 4).round().astype(np.uint16).reshape(4, 256)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    assert np.abs(pixels(tmp_path / "x.png") - np.round(ramp / 257.0)[..., None]).max() <= 1
+
+
+def test_16_bit_grey_big_endian_tiff(tmp_path):
+    """Byte order is the file's business, not the label's."""
+    ramp = np.linspace(0, 65535, 1024).round().astype(">u2").reshape(4, 256)
+    Image.frombytes("I;16B", (256, 4), ramp.tobytes()).save(tmp_path / "x.tif")
+    assert np.abs(pixels(tmp_path / "x.tif") - np.round(ramp.astype(float) / 257)[..., None]).max() <= 1
+
+
+def test_16_bit_rgb(tmp_path):
+    """A 48-bit PNG, written by hand because Pillow cannot: the high byte is the value."""
+    rgb = np.random.default_rng(0).integers(0, 65536, (5, 7, 3)).astype(">u2")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.tobytes() for row in rgb)
+    head = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert np.abs(pixels(tmp_path / "x.png") - rgb.astype(int) / 257).max() <= 1
+
+
+def test_cmyk_jpeg_resembles_its_rgb_version(tmp_path):
+    """Read with the wrong sign, a CMYK JPEG is a negative."""
+    photo = picture(3, 160, 120)
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert Image.open(tmp_path / "cmyk.jpg").mode == "CMYK"
+    assert np.abs(pixels(tmp_path / "cmyk.jpg") - np.asarray(photo)).mean() < 6
+
+
+@pytest.mark.parametrize("mode, inside", [("RGBA", [200, 30, 60]), ("LA", [90, 90, 90]), ("P", [200, 30, 60])])
+def test_transparency_is_laid_over_white(mode, inside, tmp_path):
+    """What lies under full transparency is often black; nobody who rated the picture saw it."""
+    if mode == "P":
+        img = Image.new("P", (8, 8), 1)
+        img.putpalette([0, 0, 0, *inside])
+        img.paste(0, (0, 0, 4, 8))
+        img.save(tmp_path / "x.png", transparency=0)
+    else:
+        img = Image.new("RGBA", (8, 8), (*inside, 255))
+        img.paste((0, 0, 0, 0), (0, 0, 4, 8))
+        img.convert(mode).save(tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").mode == mode
+    got = pixels(tmp_path / "x.png")
+    assert (got[:, :4] == 255).all() and (got[:, 4:] == inside).all(), got[0]
+
+
+def test_half_transparency_is_half_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 128)).save(tmp_path / "x.png")
+    assert np.abs(pixels(tmp_path / "x.png") - 127).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_exif_orientation(orientation, kind, tmp_path):
+    """A phone writes the sensor's rows and a tag; raters saw the upright picture."""
+    upright = picture(5, 64, 40)
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"x.{kind}", exif=exif, **({"quality": 98, "subsampling": 0} if kind == "jpg" else {}))
+    got = pixels(tmp_path / f"x.{kind}")
+    assert got.shape == (40, 64, 3)
+    assert np.abs(got - np.asarray(upright)).mean() < (2 if kind == "jpg" else 1e-9)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (50, 1), (31, 700)])
+def test_pictures_smaller_than_the_crop_are_enlarged(size, tmp_path):
+    """A crop always lies inside: the short side is at least the crop, whatever came in."""
+    img = resize(picture(0, *size), 64)
+    assert min(img.size) == 64
+    for plan in (grid_plan(np.array([img.size[::-1]]), [0], 64, 20), random_plan(np.array([img.size[::-1]]), [0], 64, 50, 0)):
+        assert (plan.top >= 0).all() and (plan.left >= 0).all()
+        assert (plan.top + 64 <= img.height).all() and (plan.left + 64 <= img.width).all()
+
+
+def test_one_pixel_picture_is_scored(folder):
+    """The smallest picture goes all the way to a number."""
+    Image.new("RGB", (1, 1), "red").save(folder / "p40.png")
+    _, feed, model = prepare(small_config(folder))
+    assert np.isfinite(predict(model, feed, "test", 4).pred).all()
+
+
+def test_endless_strip_is_refused():
+    """1 x 100000 pixels would become 384 x 38 million."""
+    with pytest.raises(ImageError, match="strip of 100000 x 1"):
+        resize(Image.new("RGB", (100000, 1)), 384)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "mpo"])
+def test_first_frame(kind, tmp_path):
+    """Animations and two-picture phone files: the first frame is the picture."""
+    frames = [Image.new("RGB", (32, 24), c) for c in ("red", "blue")]
+    try:
+        frames[0].save(tmp_path / f"x.{kind}", save_all=True, append_images=frames[1:])
+    except (OSError, KeyError) as e:
+        pytest.skip(f"this Pillow writes no {kind}: {e}")
+    with Image.open(tmp_path / f"x.{kind}") as img:
+        assert img.n_frames == 2, "the test needs a file with two frames"
+    got = pixels(tmp_path / f"x.{kind}")
+    assert got.shape == (24, 32, 3) and np.abs(got - (255, 0, 0)).max() <= 3
+
+
+# -- pictures: broken ones ---------------------------------------------------------------------------------------------
+def _png_header(width, height):
+    data = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    idat = b"IDAT" + zlib.compress(b"\0" * 100)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + struct.pack(">I", zlib.crc32(data)) + \
+        struct.pack(">I", len(idat) - 4) + idat + struct.pack(">I", zlib.crc32(idat))
+
+
+def _truncated_jpeg():
+    picture(0, 300, 300, 20).save(out := io.BytesIO(), "JPEG")
+    return out.getvalue()[: len(out.getvalue()) // 2]
+
+
+BROKEN = {
+    "truncated JPEG": (_truncated_jpeg, "cannot be decoded"),
+    "text": (lambda: b"<html>404 Not Found</html>", "cannot be decoded"),
+    "empty file": (lambda: b"", "cannot be decoded"),
+    "header alone": (lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "cannot be decoded"),
+    "bomb of 3.6 gigapixels": (lambda: _png_header(60000, 60000), "too many pixels"),
+    "bomb of 100 megapixels": (lambda: _png_header(10000, 10000), "too many pixels"),  # Pillow only warns of this one
+    "a directory": (None, "cannot be decoded"),
+}
+
+
+def _break(path, what):
+    path.unlink(missing_ok=True)
+    path.mkdir() if BROKEN[what][0] is None else path.write_bytes(BROKEN[what][0]())
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_picture_is_refused(what, tmp_path):
+    _break(tmp_path / "x.jpg", what)
+    with pytest.raises(ImageError, match=f"x.jpg: {BROKEN[what][1]}"):
+        load_image(tmp_path / "x.jpg")
+
+
+def test_missing_picture_is_refused(tmp_path):
+    with pytest.raises(ImageError, match="x.jpg: no such file"):
+        load_image(tmp_path / "x.jpg")
+
+
+@as_root
+def test_unreadable_picture_is_refused(tmp_path):
+    picture(0).save(tmp_path / "x.jpg")
+    (tmp_path / "x.jpg").chmod(0)
+    with pytest.raises(ImageError, match="PermissionError"):
+        load_image(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_picture_in_a_set(what, folder):
+    """By default the file is named; with on_error='skip' it is left out and recorded, in a first and in a later run."""
+    _break(folder / "p3.png", what)
+    with pytest.raises(DataError, match=r"p3\.png.*(cannot be decoded|too many pixels)"):
+        prepare(small_config(folder))
+    for _ in range(2):  # decoded, then found in the cache
+        images, feed, _ = prepare(small_config(folder, on_error="skip"))
+        assert list(images.skipped.image) == ["p3.png"] and "p3.png" in images.skipped.reason[0]
+        assert "p3.png" not in set(images.table.image) and len(feed.cache) == len(images.table) == len(SPLITS) - 1
+        assert list(feed.cache.index.image) == list(images.table.image)
+    with pytest.raises(DataError, match=r"p3\.png"):  # the cache of a skipping run does not hide the fault from a strict one
+        prepare(small_config(folder))
+
+
+def test_broken_picture_does_not_stop_the_search_for_duplicates(folder):
+    _break(folder / "p3.png", "text")
+    images = load_set(small_config(folder, group_duplicates=True))
+    assert len(images.table) == len(SPLITS) and "p3.png" not in set(images.duplicates.image_a) | set(images.duplicates.image_b)
+
+
+def test_skipped_is_recorded_in_the_run(folder):
+    """Missing, unreadable and badly labelled images all end up in skipped.csv with a reason each."""
+    (folder / "p1.png").unlink()
+    _break(folder / "p3.png", "text")
+    relabel(folder, lambda t: t.assign(score=t.score.where(t.image != "p5.png", np.nan)))
+    cfg = small_config(folder, on_error="skip")
+    images, _, _ = prepare(cfg)
+    skipped = pd.read_csv(open_run(folder / "run", cfg, images) / "skipped.csv").set_index("image").reason
+    assert sorted(skipped.index) == ["p1.png", "p3.png", "p5.png"]
+    assert "no such file" in skipped["p1.png"] and "decoded" in skipped["p3.png"] and "row 6" in skipped["p5.png"]
+
+
+def test_dangling_link(folder):
+    """A link to nowhere stands in the folder's listing, but is no file."""
+    (folder / "p3.png").unlink()
+    (folder / "p3.png").symlink_to(folder / "gone.png")
+    with pytest.raises(DataError, match=r"p3\.png"):
+        prepare(small_config(folder))
+    images, _, _ = prepare(small_config(folder, on_error="skip"))
+    assert list(images.skipped.image) == ["p3.png"]
+
+
+def test_all_pictures_of_a_part_unreadable(folder):
+    """Left out one by one, nothing is left: said before hours of training, not after."""
+    for k in np.flatnonzero(np.array(SPLITS) == "val"):
+        _break(folder / f"p{k}.png", "text")
+    with pytest.raises(DataError, match="val"):
+        prepare(small_config(folder, on_error="skip"))
+
+
+def test_all_pictures_unreadable(folder):
+    for k in range(len(SPLITS)):
+        _break(folder / f"p{k}.png", "empty file")
+    with pytest.raises(DataError, match="no image|empty"):
+        prepare(small_config(folder, on_error="skip"))
+
+
+def test_decoding_in_threads_leaves_warnings_alone(tmp_path):
+    """warnings.catch_warnings is not safe in threads: filters of one picture must not outlive it, nor hide later warnings."""
+    for k, side in enumerate((200, 900)):
+        picture(k, side, side).save(tmp_path / f"{k}.jpg")
+    before = list(warnings.filters)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(load_image, [tmp_path / f"{k % 2}.jpg" for k in range(200)]))
+        after = list(warnings.filters)
+    finally:
+        warnings.filters[:] = before
+    assert after == before
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text, told", [
+    ("", "cannot be read"), ("\n\n", "cannot be read"), ("image,score,split\n", "has no rows"),
+    ("image;score;split\na.png;3;train\n", "which column holds the image.*image;score;split"),
+    ("file,points\na.png,3\n", "which column holds the image.*image_column.*file, points"),
+    ("image,points\na.png,3\n", "which column holds the mos.*score_column.*image, points"),
+])
+def test_label_file_that_holds_no_labels(text, told, tmp_path):
+    """The message names the columns that there are and the option that picks one."""
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(DataError, match=f"labels.csv.*{told}"):
+        load_set(small_config(tmp_path))
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("x.csv", "image,score\nfoté.png,3\n".encode("latin-1"), "UnicodeDecodeError"),
+    ("x.csv", "image,score\na.png,3\n".encode("utf-16"), "cannot be read|which column"),
+    ("x.json", b"[{", "cannot be read"), ("x.parquet", b"PAR1", "cannot be read"), ("x.xlsx", b"PK", "cannot be read"),
+    ("x.csv", b"image,score\na.png,3,4,5,6\nb.png,3\nc.png,1,2,3,4,5,6,7,8\n", "cannot be read|column"),
+    ("x.doc", b"", "labels are read from .csv"),
+])
+def test_label_file_that_cannot_be_read(name, content, told, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}.*({told})"):
+        load_set(small_config(tmp_path, labels=name))
+
+
+def test_missing_label_file(folder):
+    with pytest.raises(DataError, match="nowhere.csv: no such file"):
+        load_set(small_config(folder, labels="nowhere.csv"))
+
+
+def test_byte_order_mark(folder):
+    """Excel's 'CSV UTF-8' starts with one; it is no part of the first column's name."""
+    text = (folder / "labels.csv").read_bytes()
+    (folder / "labels.csv").write_bytes(b"\xef\xbb\xbf" + text)
+    assert len(load_set(small_config(folder)).table) == len(SPLITS)
+
+
+@pytest.mark.parametrize("value, told", [("", "nan"), ("n/a", "nan"), ("good", "good"), ("inf", "inf"), ("-inf", "inf"),
+                                         ("100.5", "100.5 is outside the declared 0 to 100"), ("-3", "-3 is outside"), ("3,5", "3,5")])
+def test_bad_label_names_its_row(value, told, folder):
+    """Raised by default with picture and row; skipped, each bad row is counted once."""
+    frame = pd.read_csv(folder / "labels.csv", dtype=str)
+    frame.loc[6, "score"] = value
+    frame.to_csv(folder / "labels.csv", index=False)
+    with pytest.raises(DataError, match=rf"1 images? cannot be used(.|\n)*p6\.png: row 7: label .*{told}"):
+        load_set(small_config(folder))
+    images = load_set(small_config(folder, on_error="skip"))
+    assert list(images.skipped.image) == ["p6.png"] and len(images.table) == len(SPLITS) - 1
+
+
+def test_no_label_is_a_number(folder):
+    relabel(folder, lambda t: t.assign(score=np.nan))
+    with pytest.raises(DataError, match="no image is left"):
+        load_set(small_config(folder, on_error="skip"))
+
+
+def test_everything_wrong_is_told_at_once(folder):
+    (folder / "p2.png").unlink()
+    relabel(folder, lambda t: t.assign(score=t.score.where(t.image != "p6.png", 400)))
+    with pytest.raises(DataError) as e:
+        load_set(small_config(folder))
+    assert "p2.png" in str(e.value) and "p6.png" in str(e.value) and "on_error='skip'" in str(e.value)
+
+
+def test_a_picture_named_twice(folder):
+    """Twice in the labels, it could stand on both sides of a split."""
+    relabel(folder, lambda t: pd.concat([t, t.iloc[[4]].assign(split="test")]))
+    with pytest.raises(DataError, match=r"p4\.png: row 42: named twice"):
+        load_set(small_config(folder))
+    images = load_set(small_config(folder, on_error="skip"))  # nobody knows which row is right: both go
+    assert list(images.skipped.image) == ["p4.png"] and "p4.png" not in set(images.table.image)
+
+
+@pytest.mark.parametrize("again", ["P4.PNG", "./p4.png"])
+def test_a_picture_named_twice_in_other_words(again, folder):
+    """One file under two names is still one picture, here in train and in test."""
+    relabel(folder, lambda t: pd.concat([t, t.iloc[[4]].assign(split="test", image=again)]))
+    with pytest.raises(DataError, match="p4.png"):
+        load_set(small_config(folder))
+
+
+def test_case_of_names(folder):
+    """Sets made on Windows differ from their labels in case; two candidates are no match."""
+    (folder / "p4.png").rename(folder / "P4.PnG")
+    assert "P4.PnG" in set(load_set(small_config(folder)).table.image)
+    shutil.copy(folder / "P4.PnG", folder / "p4.PNG")
+    if len(set(os.listdir(folder)) & {"P4.PnG", "p4.PNG"}) == 2:
+        with pytest.raises(DataError, match=r"p4\.png: could be any of"):
+            load_set(small_config(folder))
+
+
+HOSTILE_NAMES = ["001.png", "with space.png", " lead.png", "comma, and \"quote\".png", "größe 図 🙂.png", "100%#?.png", "-rf.png",
+                 "semi;colon.png", "a'b.png", "$HOME.png"]
+NUMERIC_NAMES = ["80184044", "007", "1e5", "10344921126", "0x1F", "1_000"]
+NULL_NAMES = ["NA", "null", "None", "nan", "inf", "True"]
+
+
+@pytest.mark.parametrize("names", [HOSTILE_NAMES, NUMERIC_NAMES, ["80184044"], ["007"], ["2.50"], NULL_NAMES, ["NA", "007"]],
+                         ids=["hostile", "numbers and text", "integers", "leading zeros", "decimals", "null", "null and integers"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "xlsx", "parquet"])
+def test_file_names_are_text(names, kind, tmp_path):
+    """Readers that guess types turn 007 into 7 and NA into nothing."""
+    if names is not HOSTILE_NAMES:
+        names = [*names, *(str(k) for k in range(100, 112 - len(names)))]
+    splits = [("train", "val", "val", "test", "test")[k % 5] for k in range(len(names))]
+    for k, name in enumerate(names):
+        picture(k, 32, 32).save(tmp_path / name, "PNG")
+    frame = pd.DataFrame(dict(image=names, score=[float(10 + k) for k in range(len(names))], split=splits))
+    path = tmp_path / f"labels.{kind}"
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    write = {"csv": lambda: frame.to_csv(path, index=False), "tsv": lambda: frame.to_csv(path, sep="\t", index=False),
+             "json": lambda: path.write_text(json.dumps(frame.to_dict("records"))), "xlsx": lambda: frame.to_excel(path, index=False),
+             "jsonl": lambda: path.write_text("\n".join(json.dumps(r) for r in frame.to_dict("records"))),
+             "parquet": lambda: frame.to_parquet(path)}
+    write[kind]()
+    images = load_set(small_config(tmp_path, labels=path.name))
+    assert dict(zip(images.table.image, images.table.score)) == dict(zip(names, frame.score))
+    first = build_cache(images, 64)
+    again = build_cache(load_set(small_config(tmp_path, labels=path.name)), 64)  # now read back from the index file
+    assert list(first.index.image) == list(again.index.image) == names
+
+
+def test_scene_names_are_text(folder):
+    """References 1, 01 and NA are three scenes, and no scene stands on two sides of a random split."""
+    relabel(folder, lambda t: t.drop(columns="split").assign(ref=["1", "01", "NA", "x"] * 10 + ["1"]))
+    table = load_set(small_config(folder, split="random", val_fraction=0.3)).table
+    assert table.ref.nunique() == 4 and (table.groupby("ref", dropna=False).split.nunique() == 1).all()
+
+
+@pytest.mark.parametrize("others", ["7", "x"])
+def test_picture_without_a_scene_is_its_own_scene(others, folder):
+    """Empty cells are not one big scene."""
+    relabel(folder, lambda t: t.drop(columns="split").assign(ref=[others, "", ""] * 13 + ["", ""]))
+    table = load_set(small_config(folder, split="random")).table
+    assert (table.ref == table.image).sum() == 28 and table.ref.nunique() == 29
+
+
+def test_absolute_paths_in_the_labels(folder):
+    """A label file made by a script often has them; either they work, or the error names the file."""
+    relabel(folder, lambda t: t.assign(image=[str(folder / i) for i in t.image]))
+    images, feed, _ = prepare(small_config(folder))
+    assert len(feed.cache) == len(SPLITS)
+
+
+@pytest.mark.parametrize("score_range", [None, "0", "5,5", "a,b", "0,1,2", "nan,1", "0,inf", ""])
+def test_score_range_must_be_two_numbers(score_range, folder):
+    """An open or undefined range would make every score NaN or 0."""
+    with pytest.raises(DataError, match="score_range"):
+        load_set(small_config(folder, score_range=score_range))
+
+
+def test_score_range_turned_round(folder):
+    """Lower is better: the range says so, and the score is turned."""
+    straight, turned = (load_set(small_config(folder, score_range=r)).table.score for r in ("0,100", "100,0"))
+    np.testing.assert_allclose(straight + turned, 100)
+
+
+@pytest.mark.parametrize("column, value, told", [("split", "training", "training"), ("split", "", "no official split"), ("std", "wide", "std")])
+def test_other_columns_with_nonsense(column, value, told, folder):
+    frame = pd.read_csv(folder / "labels.csv").assign(std="3")
+    frame.loc[2, column] = value
+    frame.to_csv(folder / "labels.csv", index=False)
+    with pytest.raises(DataError, match=told):
+        load_set(small_config(folder))
+
+
+@pytest.mark.parametrize("values, told", [({"root": "/nowhere"}, "nowhere"), ({"labels": None}, "labels"), ({"dataset": "koniq10k"}, "koniq-10k")])
+def test_configuration_that_names_no_set(values, told, folder):
+    given = dict(dataset="csv", root=str(folder), labels="labels.csv", score_range="0,100") | values
+    with pytest.raises(ValueError, match=told):
+        load_set(make_config(**given))
+
+
+class Feed:
+    table, device = pd.DataFrame(dict(score=[1.0], std=[1.0])), "cpu"
+
+    def __len__(self):
+        return 1
+
+
+class Heads(torch.nn.Linear):
+    """The least that a solver takes for a model."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.backbone = torch.nn.Linear(1, 1)
+        self.head_parameters = lambda: [self.weight]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("epochs", 0), ("epochs", 1.5), ("crop", 512), ("batch_sise", 8), ("lr", "fast"), ("flip", "perhaps"), ("profile", "papper"),
+    ("split", "half"), ("loss", "l3"), ("alpha", -1), ("lr", float("nan")), ("lr", float("inf")), ("val_fraction", 1.5),
+    ("test_fraction", -0.5), ("limit", -1), ("patience", -2), ("weight_decay", -1), ("warmup", -1), ("color_jitter", -1),
+    ("step_epochs", 0), ("clip", -1), ("dropout", 1.5)])
+def test_configuration_with_nonsense(name, value, folder):
+    """Caught when the configuration or the solver is made, long before it can spoil a run; the message names it."""
+    with pytest.raises(ValueError, match=f"{name}|{value}"):
+        cfg = make_config(**{name: value})
+        Solver(Heads(), Feed(), cfg, folder)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_tiny_set(size, tmp_path):
+    """A handful of pictures is trained on, or refused with a word about the part that is too small; never a crash after an epoch."""
+    write_set(tmp_path / "s", splits=["train"] * size)
+    relabel(tmp_path / "s", lambda t: t.drop(columns="split"))
+    cfg = small_config(tmp_path / "s", split="random", epochs=1)
+    try:
+        images, feed, model = prepare(cfg)
+    except DataError as e:
+        assert any(w in str(e) for w in ("train", "val", "test", "cannot be split"))
+    else:
+        Solver(model, feed, cfg, tmp_path).fit()
+        assert np.isfinite(predict(model, feed, "test", 2).pred).all()
+
+
+# -- metrics and training ----------------------------------------------------------------------------------------------
+def test_constant_scores_have_no_correlation():
+    with pytest.warns(ConstantInputWarning):
+        m = evaluate(np.arange(6.0), np.full(6, 50.0), n_boot=20)
+    assert np.isnan(m["srcc"]) and np.isnan(m["plcc"]) and np.isnan(m["krcc"]) and np.isfinite(m["rmse"])
+
+
+@pytest.mark.parametrize("pred, score", [([1, np.nan, 3], [1, 2, 3]), ([1, 2, 3], [1, np.inf, 3])])
+def test_metrics_name_the_row_that_is_no_number(pred, score):
+    with pytest.raises(ValueError, match="row 1"):
+        evaluate(pred, score)
+
+
+@pytest.mark.parametrize("pred, score", [([], []), ([1], [1]), ([1, 2], [1, 2, 3]), ([[1, 2]], [[1, 2]])])
+def test_metrics_refuse_what_is_no_pair_of_vectors(pred, score):
+    with pytest.raises(ValueError, match="at least 2|one length"):
+        evaluate(pred, score)
+
+
+@pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
+@pytest.mark.parametrize("loss", ["smooth_l1+20*plcc", "rank", "fidelity", "srcc"])
+def test_constant_scores_train(loss, tmp_path):
+    """Every correlation is 0/0: training ends with finite weights, the first epoch and an undefined SRCC."""
+    write_set(tmp_path / "s", scores=50.0)
+    cfg = small_config(tmp_path / "s", loss=loss, alpha=1.0)
+    _, feed, model = prepare(cfg)
+    done = Solver(model, feed, cfg, tmp_path).fit()
+    assert done["best_epoch"] == 1
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point())
+    assert np.isfinite(predict(model, feed, "test", 2).pred).all()
+    assert [json.loads(row)["val_srcc"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [None, None]
+
+
+@pytest.mark.parametrize("loss", ["l1", "plcc", "rank", "fidelity", "srcc"])
+def test_last_batch_of_one_picture_trains(loss, standin, tmp_path):
+    """25 pictures in batches of 8 leave one, which crashed the original."""
+    cfg = small_config(standin, loss=loss, epochs=1)
+    _, feed, model = prepare(cfg)
+    sizes = [len(rows) for _, rows in feed.train_batches(0)]
+    assert sizes == [8, 8, 8, 1] and len(feed) == 4
+    Solver(model, feed, cfg, tmp_path).fit()
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_loss_that_is_no_number_stops(batch_size, standin, tmp_path):
+    """Training stops at once and says which setting to change, also when the only step of an epoch is the harmful one."""
+    cfg = small_config(standin, lr=1e30, batch_size=batch_size, clip=0, optimizer="adam")
+    _, feed, model = prepare(cfg)
+    with pytest.raises(TrainingError, match="epoch 1.*lower lr"):
+        Solver(model, feed, cfg, tmp_path).fit()
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_torn_journal(tmp_path):
+    """A last line cut off by a crash is dropped; a bad line in the middle is damage and is named."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    assert list(read_lines(path).epoch) == [1, 2]
+    path.write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl: line 2"):
+        read_lines(path)
+
+
+def test_torn_journal_is_mended_by_a_resumed_run(standin, tmp_path):
+    """The journal is written anew from the resume point, so that the next row does not join the torn one."""
+    cfg = small_config(standin, epochs=2)
+    _, feed, model = prepare(cfg)
+
+    class Killed(Exception):
+        pass
+
+    def kill(history):
+        raise Killed
+
+    with pytest.raises(Killed):
+        Solver(model, feed, cfg, tmp_path, on_epoch=kill).fit()
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"epoch": 2, "tr')
+    Solver(model, feed, cfg, tmp_path).fit()
+    assert list(read_lines(tmp_path / "metrics.jsonl").epoch) == [1, 2]
+
+
+@pytest.mark.parametrize("cut", [0, 100, 0.5, -1, "text"])
+def test_damaged_resume_point(cut, standin, tmp_path):
+    """The error names the file, so that one knows what to delete."""
+    cfg = small_config(standin, epochs=1)
+    _, feed, model = prepare(cfg)
+    Solver(model, feed, cfg, tmp_path).save()
+    path = tmp_path / "resume.pt"
+    whole = path.read_bytes()
+    path.write_bytes(b"hello" * 50 if cut == "text" else whole[: int(cut * len(whole)) if cut == 0.5 else cut])
+    with pytest.raises((TrainingError, ValueError), match=r"resume\.pt"):
+        Solver(model, feed, cfg, tmp_path).fit()
+
+
+def test_resume_point_of_another_model(standin, tmp_path):
+    """A folder that was used for another model: named, not a list of five hundred keys."""
+    cfg = small_config(standin, epochs=1)
+    _, feed, model = prepare(cfg)
+    Solver(model, feed, cfg, tmp_path).save()
+    other = small_config(standin, epochs=1, use_attention=False)
+    _, feed, model = prepare(other)
+    with pytest.raises((TrainingError, ValueError), match=r"resume\.pt"):
+        Solver(model, feed, other, tmp_path).fit()
+
+
+@as_root
+def test_cache_folder_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    with pytest.raises(OSError, match="cache"):
+        prepare(small_config(folder, cache=str(tmp_path / "cache")))
+
+
+def test_cache_folder_that_is_a_file(folder, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(OSError, match="cache"):
+        prepare(small_config(folder, cache=str(tmp_path / "cache")))
+
+
+def test_half_written_cache_is_made_again(folder, tmp_path):
+    """Killed between pixels and index: the index is written last, so the pixels alone are not trusted."""
+    cache = tmp_path / "cache"
+    _, feed, _ = prepare(small_config(folder, cache=str(cache)))
+    whole = feed.cache.path.read_bytes()
+    feed.cache.path.with_suffix(".csv").unlink()
+    feed.cache.path.write_bytes(whole[:1000])
+    _, feed, _ = prepare(small_config(folder, cache=str(cache)))
+    assert feed.cache.path.read_bytes() == whole
+    assert sorted(p.suffix for p in cache.iterdir()) == [".csv", ".json", ".u8"]
+
+
+def test_picture_that_changed_is_decoded_again(folder):
+    """The cache goes by size and time of every file: an exchanged picture is never scored as the old one."""
+    _, feed, model = prepare(small_config(folder))
+    old = predict(model, feed, "test", 4)
+    Image.new("RGB", (200, 100), "white").save(folder / "p40.png")
+    _, feed, _ = prepare(small_config(folder))
+    new = predict(model, feed, "test", 4)
+    assert (old.pred != new.pred).tolist() == (old.image == "p40.png").tolist()
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "legacy"])
+def test_checkpoint_with_code_is_refused(how, tmp_path):
+    """A pickle may run anything when it is loaded. This one would leave a folder behind."""
+    path, mark = tmp_path / "x.pkl", tmp_path / "executed"
+    content = {"model_state_dict": {"a": torch.zeros(1)}, "extra": Payload(mark)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"extra": Payload(mark)}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
+    with pytest.raises(CheckpointError, match="x.pkl"):
+        load_checkpoint(path)
+    assert not mark.exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "whole.safetensors"
+    save_checkpoint(SmartIQA(backbone="test_efficientnet"), path)
+    return path
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 1000, 0.5, -1])
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_truncated_checkpoint(cut, kind, checkpoint, tmp_path):
+    """An interrupted download is called damaged, not dangerous."""
+    path = tmp_path / f"x.{kind}"
+    if kind == "pth":
+        torch.save(load_checkpoint(checkpoint).state_dict(), path)
+    whole = (checkpoint if kind == "safetensors" else path).read_bytes()
+    path.write_bytes(whole[: int(cut * len(whole)) if cut == 0.5 else cut])
+    with pytest.raises(CheckpointError, match=f"x.{kind}: is neither"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [{}, [1, 2], {"a": 1}, {"a": torch.zeros(2)}, torch.zeros(3), {"model_state_dict": None}])
+def test_checkpoint_of_something_else(content, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="x.pth"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("header", [None, {"smart_iqa": "{"}, {"smart_iqa": '{"method": "smart", "size": 3}'},
+                                    {"smart_iqa": '{"backbone": "no_such_net"}'}, {"smart_iqa": "[]"}, {"smart_iqa": '"lite"'}])
+def test_safetensors_with_an_odd_header(header, tmp_path):
+    """Whatever a header says, the error is ours and names the file."""
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata=header)
+    with pytest.raises(CheckpointError, match="x.safetensors"):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("harm, told", [(lambda s: s.pop("lda.convs.0.weight"), "1 missing: lda.convs.0.weight"),
+                                        (lambda s: s.update(more=torch.zeros(1)), "1 extra: more"),
+                                        (lambda s: s.update({"gate.net.0.bias": torch.zeros(3)}), r"gate.net.0.bias \(3,\) instead of \(256,\)")])
+def test_checkpoint_that_does_not_fit(harm, told, checkpoint, tmp_path):
+    with safe_open(checkpoint, "pt") as f:
+        state, header = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    harm(state)
+    save_file(state, tmp_path / "x.safetensors", metadata=header)
+    with pytest.raises(CheckpointError, match=told):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_checkpoint(tmp_path / "x.safetensors")

@@ -1,0 +1,79 @@
+"""Every library notebook runs top to bottom in a fresh kernel, and the package is what the notebooks export."""
+import filecmp
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs" / "results").glob("*.ipynb"))
+EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
+SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
+    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own."""
+    monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path / "cache"))
+    ipc = Config(KernelManager=dict(transport="ipc", ip=str(tmp_path / "k")))
+    client = NotebookClient(nbformat.read(path, 4), timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, config=ipc)
+    client.execute()
+
+
+def test_package_equals_export(tmp_path):
+    """nbdev_export in a copy of the project changes no file of the package."""
+    for name in ("nbs", "smart_iqa"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for file in (tmp_path / "smart_iqa").glob("[!_]*.py"):
+        file.unlink()  # what no notebook exports must not survive
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, timeout=300)
+    names = {p.name for p in (ROOT / "smart_iqa").glob("*.py")}
+    assert names == {p.name for p in (tmp_path / "smart_iqa").glob("*.py")}
+    _, different, errors = filecmp.cmpfiles(ROOT / "smart_iqa", tmp_path / "smart_iqa", sorted(names), shallow=False)
+    assert not different + errors
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_notebook_is_clean(name):
+    """Kernel 'python3' (else papermill fails elsewhere), no error output, no execution counts, no star import in exports."""
+    nb = SOURCE[name]
+    assert nb.metadata.kernelspec.name == "python3"
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            assert cell.execution_count is None
+            assert not [o for o in cell.outputs if o.output_type == "error"]
+            assert not (cell.source.startswith("#| export") and re.search(r"import \*", cell.source))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiment_parameters(path):
+    """Papermill sees one parameters cell, all of its names, and every experiment can be told where to put its record."""
+    tagged = [c for c in SOURCE[path.stem].cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    written = re.findall(r"^(\w+)\s*=", tagged[0].source, re.M)
+    assert list(papermill.inspect_notebook(str(path))) == written
+    assert {"out", "batch", "name", "folder"} <= set(written)
+
+
+def test_train_has_every_parameter_of_config():
+    """One flat list: the parameters cell of the train notebook and Config have the same names."""
+    from dataclasses import fields
+
+    from smart_iqa.config import Config as RunConfig
+
+    known = papermill.inspect_notebook(str(ROOT / "nbs" / "experiments" / "train.ipynb"))
+    assert set(known) - {"out", "batch", "name", "folder"} == {f.name for f in fields(RunConfig)}
+
+
+def test_readme_is_made_from_the_index():
+    """README.md is the index notebook as Markdown; `python .ci/readme.py` makes it."""
+    made = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--print"], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == made
