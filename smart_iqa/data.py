@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FACTS', 'READERS', 'KONIQ_PAPER_LEAVES_OUT', 'IMAGE_COLUMNS', 'SCORE_COLUMNS', 'HASH_BITS', 'THUMB_CORRELATION',
            'SetFacts', 'ImageSet', 'DataError', 'settle', 'read_labels', 'read_biq2021', 'read_koniq', 'read_csv',
-           'read_demo', 'find_near_duplicates', 'group_pairs', 'take_groups', 'assign_splits', 'load_set', 'leaked']
+           'read_demo', 'find_near_duplicates', 'group_pairs', 'take_groups', 'assign_splits', 'check_parts',
+           'load_set', 'leaked']
 
-# %% ../nbs/03_data.ipynb #6fee2a06
+# %% ../nbs/03_data.ipynb #1e8dfd0d
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from .config import Config, cache_dir, check_names, fingerprint, track
 from .demo import DEMO_NOTE, render_demo
 from .images import load_image
 
-# %% ../nbs/03_data.ipynb #1afb7266
+# %% ../nbs/03_data.ipynb #8cfc8ac6
 @dataclass(frozen=True)
 class SetFacts:
     "What is known about an image set without looking at it."
@@ -41,7 +42,7 @@ FACTS = {
     "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels"),
 }
 
-# %% ../nbs/03_data.ipynb #9954bdb8
+# %% ../nbs/03_data.ipynb #74fdd087
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -63,7 +64,7 @@ class ImageSet:
         "A hash of the table's content; it names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False))
 
-# %% ../nbs/03_data.ipynb #316507b5
+# %% ../nbs/03_data.ipynb #88d6075f
 class DataError(ValueError):
     "Something about an image set on disk is wrong; the message names it and says how to mend it."
 
@@ -82,9 +83,21 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/03_data.ipynb #612d462f
-READERS = {".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet,
-           ".json": pd.read_json, ".jsonl": lambda p: pd.read_json(p, lines=True), ".xlsx": pd.read_excel}
+# %% ../nbs/03_data.ipynb #c2868c1e
+_TEXT = dict(dtype=str, keep_default_na=False)  # a reader that guesses types turns a file 007 into 7 and a file NA into nothing
+READERS = {".csv": lambda p: pd.read_csv(p, **_TEXT), ".tsv": lambda p: pd.read_csv(p, sep="\t", **_TEXT),
+           ".parquet": pd.read_parquet, ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
+           ".json": lambda p: pd.DataFrame(json.loads(p.read_text(encoding="utf-8"))),
+           ".jsonl": lambda p: pd.DataFrame([json.loads(line) for line in p.read_text(encoding="utf-8").splitlines() if line.strip()])}
+
+
+def _numbers(column: pd.Series, path: Path) -> pd.Series:
+    "A column of numbers, empty cells as NaN; DataError names the first row that holds something else."
+    given = column.replace("", np.nan)
+    numbers = pd.to_numeric(given, errors="coerce").astype(float)
+    if len(bad := np.flatnonzero(numbers.isna() & given.notna())):
+        raise DataError(f"{path}: row {bad[0] + 1}: {column.name} {column.iloc[bad[0]]!r} is not a number")
+    return numbers
 
 
 def read_labels(
@@ -103,7 +116,7 @@ def read_labels(
     frame = frame.loc[:, [not str(c).startswith("Unnamed") for c in frame.columns]]  # columns without a name
     if frame.empty:
         raise DataError(f"{path}: has no rows")
-    return frame
+    return frame.assign(**{c: _numbers(frame[c], path) for c in ("std", "SD") if c in frame})
 
 
 def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
@@ -112,7 +125,7 @@ def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
         raise DataError(f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}")
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
 
-# %% ../nbs/03_data.ipynb #abc09c1d
+# %% ../nbs/03_data.ipynb #804b063f
 def _first(root: Path, *names: str) -> Path:
     "The first of several files or folders that exists, or a DataError that lists them."
     for name in names:
@@ -130,7 +143,7 @@ def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     return table.assign(image="Images/" + table.image.astype(str))
 
-# %% ../nbs/03_data.ipynb #703132d3
+# %% ../nbs/03_data.ipynb #ca8c032a
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
 6285698915 7574416384 80184044 121123359 213906996 3483143101 3632417985 44009500""".split()
 _KONIQ_SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -176,7 +189,7 @@ def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
         t = t[~t.name.isin([f"{n}.jpg" for n in KONIQ_PAPER_LEAVES_OUT])]
     return t.drop(columns="name")
 
-# %% ../nbs/03_data.ipynb #dee7e873
+# %% ../nbs/03_data.ipynb #ec5c8244
 IMAGE_COLUMNS = ("image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path")
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
@@ -198,7 +211,7 @@ def read_csv(root: Path, cfg: Config) -> pd.DataFrame:
     table = _columns(frame, path, **pick, **extra)
     try:
         worst, best = (float(v) for v in str(cfg.score_range).split(","))
-        assert worst != best
+        assert worst != best and np.isfinite([worst, best]).all()
     except (ValueError, AssertionError):
         raise DataError(f"{path}: say on which scale the scores are, worst to best: score_range='0,1', '1,5', or "
                         f"'100,0' where lower is better; got {cfg.score_range!r}") from None
@@ -214,7 +227,7 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
 
 _LOADERS = {"biq2021": read_biq2021, "koniq-10k": read_koniq, "csv": read_csv, "demo": read_demo}
 
-# %% ../nbs/03_data.ipynb #df7bd2e1
+# %% ../nbs/03_data.ipynb #d5bef52a
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
     t = raw.reset_index(drop=True).copy()
@@ -223,11 +236,13 @@ def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFra
     t["image"] = t.image.astype(str)
     label, t["mos"] = t.mos, pd.to_numeric(t.mos, errors="coerce").astype(float)
     t["score"] = 100 * (t.mos - worst) / (best - worst)
-    for name, default in (("std", np.nan), ("ref", t.image), ("split", None)):
-        t[name] = t[name] if name in t else default
+    t["std"] = t["std"] if "std" in t else np.nan
+    for name, default in (("ref", t.image), ("split", None)):  # an empty cell says nothing
+        given = t[name].astype(object) if name in t else pd.Series(None, t.index, dtype=object)
+        t[name] = given.where(given.notna() & (given != ""), default)
     lo, hi = np.minimum(worst, best), np.maximum(worst, best)
     problems = [(t.image[i], f"row {i + 1}: label {label[i]!r} is not a number") for i in np.flatnonzero(~np.isfinite(t.mos))]
-    outside = np.flatnonzero((t.mos < lo - 1e-6) | (t.mos > hi + 1e-6))
+    outside = np.flatnonzero(np.isfinite(t.mos) & ((t.mos < lo - 1e-6) | (t.mos > hi + 1e-6)))
     problems += [(t.image[i], f"row {i + 1}: label {t.mos[i]:g} is outside the declared {lo[i]:g} to {hi[i]:g}") for i in outside]
     problems += [(t.image[i], f"row {i + 1}: named twice in the labels") for i in np.flatnonzero(t.image.duplicated())]
     return t[["image", "mos", "score", "std", "ref", "split"]], problems
@@ -246,10 +261,14 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
         hits = [name] if name in exact else list(np.atleast_1d(folded.get(name.lower(), [])))
         if len(hits) != 1:
             missing.append((image, "no such file" if not hits else f"could be any of {', '.join(hits)}"))
-        found.append(f"{folder}/{hits[0]}".lstrip("/") if len(hits) == 1 else image)
+        found.append(os.path.normpath(os.path.join(folder, hits[0])) if len(hits) == 1 else image)
+        if len(hits) == 1 and not (root / found[-1]).exists():
+            missing.append((image, "a link to a file that is not there"))
+    again = pd.Series(found).duplicated() & ~pd.Series(images).duplicated()
+    missing += [(images[i], f"is {found[i]} under another name") for i in np.flatnonzero(again)]
     return found, missing
 
-# %% ../nbs/03_data.ipynb #dbb1c8c8
+# %% ../nbs/03_data.ipynb #7c48d1f2
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -294,7 +313,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/03_data.ipynb #53ff7b9b
+# %% ../nbs/03_data.ipynb #7c9968b1
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -330,7 +349,19 @@ def assign_splits(
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.val_fraction, [cfg.split_seed, 1])]] = "val"
     return split
 
-# %% ../nbs/03_data.ipynb #2d5fa349
+# %% ../nbs/03_data.ipynb #4e19754d
+def check_parts(
+    found: ImageSet,
+    expected=("train", "val", "test"),  # the parts that must be there
+):
+    "DataError when a part is too small for its purpose: one picture has no rank correlation."
+    for split in expected:
+        least = 1 if split == "train" else 2
+        if (n := len(found.part(split))) < least:
+            raise DataError(f"{found.name} in {found.root}: the {split} part has {n} images and needs {least}; use split='random', another "
+                            f"fraction, or add images")
+
+
 def load_set(
     cfg: Config,             # dataset, root, labels ..., split ..., on_error, group_duplicates, limit
     progress: bool = False,
@@ -357,9 +388,7 @@ def load_set(
         found.duplicates = _name_pairs(pairs, table)
     if cfg.limit:
         found.table = table.groupby("split", sort=False).head(cfg.limit).reset_index(drop=True)
-    for split in ("test",) if cfg.split == "none" else ("train", "val", "test"):
-        if not len(found.part(split)):
-            raise DataError(f"{where}: the {split} part is empty; use split='random', or add images")
+    check_parts(found, ("test",) if cfg.split == "none" else ("train", "val", "test"))
     return found
 
 

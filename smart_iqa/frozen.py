@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'ridge_baseline']
 
-# %% ../nbs/11_frozen.ipynb #7de59572
+# %% ../nbs/11_frozen.ipynb #065ee4fd
 import hashlib
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
-# %% ../nbs/11_frozen.ipynb #c915c4b2
+# %% ../nbs/11_frozen.ipynb #0ae10f3e
 def weights_digest(model: nn.Module) -> str:
     "A fingerprint of all weights and statistics of a model."
     digest = hashlib.blake2b(digest_size=8)
@@ -65,12 +65,14 @@ def compute_features(
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/11_frozen.ipynb #658c4fce
+# %% ../nbs/11_frozen.ipynb #06795bcd
 class FrozenFeed(CropFeed):
     "Precomputed features of fixed training crops and of the test grid, in place of crops."
 
     def __init__(self, model: nn.Module, cache: PixelCache, table: pd.DataFrame, cfg: Config, device: torch.device, progress: bool = False):
         super().__init__(cache, table, cfg, device)
+        if cfg.color_jitter:
+            raise ValueError("color_jitter changes crops in every epoch, and frozen features are computed once: switch one of them off")
         self.model, self.progress = model, progress
         with torch.inference_mode():
             self.shapes = [t.shape[1:] for t in model.eval().pool(model.features(torch.zeros(1, 3, cfg.crop, cfg.crop, device=device)))]
@@ -97,14 +99,14 @@ class FrozenFeed(CropFeed):
             yield self._tensors(self.features[part]), torch.from_numpy(self.plan.row[part])
 
     def test_batches(self, rows: np.ndarray, n_crops: int):
-        features = self._features(grid_plan(self.cache.sizes, rows, self.cfg.crop, n_crops))
+        features = self._features(self.test_plan(rows, n_crops))
         for k in range(0, len(features), self.cfg.batch_size):
             yield self._tensors(np.asarray(features[k : k + self.cfg.batch_size]))
 
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
         return model.head(inputs)
 
-# %% ../nbs/11_frozen.ipynb #0c0f752f
+# %% ../nbs/11_frozen.ipynb #65d0c8f1
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ImageError', 'to_rgb', 'load_image', 'resized_size', 'resize']
 
-# %% ../nbs/01_images.ipynb #9a671648
-import warnings
+# %% ../nbs/01_images.ipynb #bb32c526
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# %% ../nbs/01_images.ipynb #6cf7929d
+# %% ../nbs/01_images.ipynb #ab04324a
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file and the reason."
 
@@ -41,25 +40,24 @@ def to_rgb(
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
     return img.convert("RGB")
 
-# %% ../nbs/01_images.ipynb #eac593a7
+# %% ../nbs/01_images.ipynb #136b12e8
 def load_image(
     path: str | Path,  # a picture file; of an animation, the first frame
 ) -> Image.Image:
     "Decode a file to RGB. ImageError names the file: missing, truncated, no picture, or too large to be one."
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # notes on odd EXIF blocks
-            with Image.open(path) as img:
-                return to_rgb(img)
+        with Image.open(path) as img:
+            if img.width * img.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns until twice as many
+                raise Image.DecompressionBombError(f"{img.width} x {img.height}")
+            return to_rgb(img)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except Image.DecompressionBombError as e:
         raise ImageError(f"{path}: too many pixels to be safe ({e})") from None
     except Exception as e:                                    # Pillow's plugins raise many kinds
         raise ImageError(f"{path}: cannot be decoded ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/01_images.ipynb #9f9fc92e
+# %% ../nbs/01_images.ipynb #af899c40
 MAX_PIXELS = 40_000_000  # of a resized picture; a strip of 1:20 and longer at 384 pixels is still well below
 
 

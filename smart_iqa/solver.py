@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rates', 'make_optimizer', 'CropFeed', 'predict', 'TrainingError', 'Solver', 'make_model']
 
-# %% ../nbs/10_solver.ipynb #99a0d948
+# %% ../nbs/10_solver.ipynb #b4c53859
 import math
 import os
 import time
@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .config import Config, pick_device, seed_everything, track, use_bf16
-from .crops import PixelCache, crop_batches, grid_plan, jitter, normalise, random_plan
+from .config import Config, keep_memory, pick_device, seed_everything, track, use_bf16
+from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan
 from .losses import get_loss
 from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
 from .records import append_line, read_lines, write_lines
 
-# %% ../nbs/10_solver.ipynb #904e1595
+# %% ../nbs/10_solver.ipynb #546d49c9
 def learning_rates(
     cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min
     step: int,             # optimizer steps done
@@ -45,7 +45,7 @@ def learning_rates(
         return cfg.lr, cfg.lr * ratio * 0.1 ** (int(epoch) // 6)
     return tuple(tiers)
 
-# %% ../nbs/10_solver.ipynb #10d1125b
+# %% ../nbs/10_solver.ipynb #9250f0d1
 def make_optimizer(
     model: nn.Module,
     cfg: Config,
@@ -56,7 +56,7 @@ def make_optimizer(
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/10_solver.ipynb #c6f9a0c6
+# %% ../nbs/10_solver.ipynb #5d463bab
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
     return np.flatnonzero((table.split == split).to_numpy())
 
@@ -67,6 +67,8 @@ class CropFeed:
     def __init__(self, cache: PixelCache, table: pd.DataFrame, cfg: Config, device: torch.device):
         self.cache, self.table, self.cfg, self.device = cache, table, cfg, device
         self.bf16 = use_bf16(cfg.amp, device)
+        if device.type == "cpu":
+            keep_memory()
 
     def __len__(self) -> int:  # batches an epoch
         return -(-len(_rows(self.table, "train")) * self.cfg.train_crops // self.cfg.batch_size)
@@ -78,20 +80,24 @@ class CropFeed:
         for crops, rows in crop_batches(self.cache, plan, c.crop, c.batch_size, c.workers, first):
             yield normalise(jitter(crops, c.color_jitter), self.device), rows
 
-    def test_batches(self, rows: np.ndarray, n_crops: int):
+    def test_plan(self, rows: np.ndarray, n_crops: int) -> Plan:
+        "Where the crops lie that a picture is scored by."
         c, sizes = self.cfg, self.cache.sizes
         if c.test_positions == "random":  # the published way: other crops for every seed
-            plan = random_plan(sizes, rows, c.crop, n_crops, (c.seed, 10**6), flip=False, shuffle=False)
-        else:
-            plan = grid_plan(sizes, rows, c.crop, 1 if c.test_positions == "center" else n_crops)
-        for crops, _ in crop_batches(self.cache, plan, c.crop, c.batch_size, c.workers):
+            return random_plan(sizes, rows, c.crop, n_crops, (c.seed, 10**6), flip=False, shuffle=False)
+        return grid_plan(sizes, rows, c.crop, 1 if c.test_positions == "center" else n_crops)
+
+    def test_batches(self, rows: np.ndarray, n_crops: int):
+        "Inputs of some pictures, n_crops in a row for each."
+        c = self.cfg
+        for crops, _ in crop_batches(self.cache, self.test_plan(rows, n_crops), c.crop, c.batch_size, c.workers):
             yield normalise(crops, self.device)
 
     def score(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(inputs)
 
-# %% ../nbs/10_solver.ipynb #cc0a7ddd
+# %% ../nbs/10_solver.ipynb #7beb42a3
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -115,7 +121,7 @@ def predict(
     columns = dict(pred=s.mean(1), pred_std=spread, **{f"a{k + 1}": a[:, k] for k in range(4)})
     return feed.table.iloc[rows].reset_index(drop=True).assign(**columns)
 
-# %% ../nbs/10_solver.ipynb #a7f275bc
+# %% ../nbs/10_solver.ipynb #6fbb6785
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the epoch, the step and the setting to change."
 
@@ -130,7 +136,7 @@ def _set_random_state(state: dict):
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../nbs/10_solver.ipynb #4fe91f69
+# %% ../nbs/10_solver.ipynb #04e1d530
 class Solver:
     "Fits a model on the train part of a feed, chooses the epoch on its validation part, and can be resumed."
 
@@ -169,11 +175,14 @@ class Solver:
         path = self.folder / "resume.pt"
         if not path.exists():
             return False
-        point = torch.load(path, weights_only=True, map_location="cpu")
-        self.model.load_state_dict(point["model"])
-        self.optimizer.load_state_dict(point["optimizer"])
-        self.at, self.history = point["at"], point["history"]
-        _set_random_state(point["random"])
+        try:
+            point = torch.load(path, weights_only=True, map_location="cpu")
+            self.model.load_state_dict(point["model"])
+            self.optimizer.load_state_dict(point["optimizer"])
+            self.at, self.history = point["at"], point["history"]
+            _set_random_state(point["random"])
+        except Exception as e:  # torch raises many kinds
+            raise TrainingError(f"{path}: is damaged or of another model ({type(e).__name__}); delete it to start this run anew") from None
         return True
 
     # -- one epoch ------------------------------------------------------------------------------------------------
@@ -218,6 +227,8 @@ class Solver:
         cfg, at = self.cfg, self.at
         chosen_on = "test" if cfg.protocol == "legacy" else "val"
         p = predict(self.model, self.feed, chosen_on, cfg.val_crops)
+        if not np.isfinite(p.pred).all():
+            raise TrainingError(f"predictions are not numbers after epoch {at['epoch'] + 1}: lower lr (now {cfg.lr:g}), or set clip; {self.folder}")
         m = evaluate(p.pred, p.score, n_boot=0)
         trained = sum(self.feed.table.split == "train") * cfg.train_crops
         lrs = learning_rates(cfg, (at["epoch"] + 1) * self.steps_per_epoch - 1, self.steps_per_epoch)
@@ -250,7 +261,7 @@ class Solver:
         stopped = f"no better epoch in {cfg.patience}" if stop and self.at["epoch"] < cfg.epochs else "all epochs done"
         return dict(best_epoch=self.at["best_epoch"], stopped=stopped, seconds=sum(r["seconds"] for r in self.history))
 
-# %% ../nbs/10_solver.ipynb #296ccd91
+# %% ../nbs/10_solver.ipynb #016f0480
 def make_model(
     cfg: Config,
     mean_score: float | None = None,  # of the training pictures, for start_at_mean

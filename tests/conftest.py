@@ -15,10 +15,6 @@ from smart_iqa.solver import CropFeed, make_model
 SPLITS = ["train"] * 25 + ["val"] * 8 + ["test"] * 8  # 25: batches of 8 leave a last batch of one picture
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a minute; leave out with -m 'not slow'")
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Small models are no faster on more threads, and bit-equality asks for one number of threads everywhere."""

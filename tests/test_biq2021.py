@@ -49,10 +49,9 @@ def test_splits(biq, labels):
 @needs_biq
 def test_scores_are_the_mos(biq, labels):
     """100 times the label, from the declared 0 to 1; nothing is stretched to the observed extremes."""
-    want = {f"Images/{n}".lower(): 100 * m for n, m in zip(labels["Image Name"], labels.MOS)}
+    want = {f"Images/{n}".lower(): 100 * m for n, m in zip(labels["Image Name"], labels.MOS, strict=True)}
     got = biq.table
     np.testing.assert_allclose(got.score, [want[i.lower()] for i in got.image], atol=1e-9)
-    assert got.score.min() > 1 and got.score.max() < 99
 
 
 @needs_biq
@@ -87,18 +86,17 @@ def test_validation_part_depends_on_its_seed_alone(cache, biq):
 
 
 @needs_biq
-@pytest.mark.slow
 def test_near_duplicates(cache):
     """The official split shows nearly the same picture on both sides. Ours does not, between training and validation."""
     found = load_set(make_config("lite", root=str(ROOT), cache=cache))
     d = found.duplicates
     crossing = d[(d.split_a == "test") != (d.split_b == "test")]
     assert len(crossing) >= 50
-    pairs = {frozenset((Path(a).name, Path(b).name)) for a, b in zip(crossing.image_a, crossing.image_b)}
+    pairs = {frozenset((Path(a).name, Path(b).name)) for a, b in zip(crossing.image_a, crossing.image_b, strict=True)}
     assert frozenset(("ss01 (1066).jpg", "ss01 (905).jpg")) in pairs
     inside = d[(d.split_a != "test") & (d.split_b != "test")]
     assert len(inside) and (inside.split_a == inside.split_b).all()
-    assert leaked(found) == {a if s == "test" else b for a, b, s in zip(crossing.image_a, crossing.image_b, crossing.split_a)}
+    assert leaked(found) == {a if s == "test" else b for a, b, s in zip(crossing.image_a, crossing.image_b, crossing.split_a, strict=True)}
     assert abs(found.table.split.value_counts().val - 520) <= 60
     # pairs are alike in what people said, too: chance would give a difference of some 20 points
     assert (d.score_a - d.score_b).abs().median() < 10

@@ -101,15 +101,15 @@ def test_a_wrong_parameter_is_an_error_before_anything_starts(tmp_path):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
     """kill -9 of the launcher and its kernel in the middle of training; the same call then ends as an undisturbed run does."""
-    words = [f"{k}={v}" for k, v in (SMALL | dict(cache=cache)).items()]
-    whole = execute("train", SMALL | dict(cache=cache), out=tmp_path / "whole", echo=None)
+    settings = SMALL | dict(cache=cache, epochs=40)
+    words = [f"{k}={v}" for k, v in settings.items()]
+    whole = execute("train", settings, out=tmp_path / "whole", echo=None)
     command = [*COMMAND, "run", "train", *words, "--out", str(tmp_path / "killed")]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     killed = tmp_path / "killed" / "runs" / whole.name
     deadline = time.time() + 300
     while not (killed / "resume.pt").exists() and time.time() < deadline:
         time.sleep(0.02)
-    time.sleep(0.2)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     subprocess.run(["pkill", "-9", "-f", str(killed)], check=False)
