@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'Backbone', 'WeightsError', 'load_backbone_weights']
 
-# %% ../nbs/05_backbones.ipynb #e137b4a7
+# %% ../nbs/05_backbones.ipynb #8640e2c0
 from pathlib import Path
 
 import timm
@@ -16,7 +16,7 @@ from torch import nn
 from .config import check_names
 from .crops import MEAN, STD
 
-# %% ../nbs/05_backbones.ipynb #07dbe890
+# %% ../nbs/05_backbones.ipynb #94e71b4f
 NAMES = {
     "tiny": "swin_tiny_patch4_window7_224",
     "small": "swin_small_patch4_window7_224",
@@ -38,7 +38,7 @@ def _pyramid(name: str, drop_path: float) -> nn.Module:
         raise ValueError(f"backbone {name!r} has strides {strides}; needed are 4, 8, 16 and 32")
     return timm.create_model(name, **options, out_indices=[strides.index(s) for s in (4, 8, 16, 32)])
 
-# %% ../nbs/05_backbones.ipynb #03d09ed2
+# %% ../nbs/05_backbones.ipynb #a7260c30
 class Backbone(nn.Module):
     "A timm network as a list of four maps (B, C_i, H/4, W/4) ... (B, C_i, H/32, W/32)."
 
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         # channels-last networks say so by their last axis
         return [m.permute(0, 3, 1, 2) if m.shape[1] != c else m for m, c in zip(maps, self.channels)]
 
-# %% ../nbs/05_backbones.ipynb #2df5e8c0
+# %% ../nbs/05_backbones.ipynb #c0f3f100
 class WeightsError(RuntimeError):
     "Backbone weights are not to be had; the message says what to do."
 
@@ -92,7 +92,7 @@ def _fill_in_order(model: nn.Module, weights: dict):
         raise WeightsError(f"weights do not fit by position: {wrong[0]}")
     model.load_state_dict({a: w for (a, _), (_, w) in pairs})
 
-# %% ../nbs/05_backbones.ipynb #5768fea9
+# %% ../nbs/05_backbones.ipynb #b0f9896e
 def load_backbone_weights(
     backbone: Backbone,
     pretrained: str | bool = "auto",  # "auto" or True, "wheel", "hub", "none" or False, or a .pth/.safetensors file
