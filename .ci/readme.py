@@ -1,19 +1,27 @@
-"""Make README.md from nbs/index.ipynb. With --print: write it to standard output instead."""
+"""Make README.md and its pictures from nbs/index.ipynb. With --check: change nothing, exit 1 if they are not up to date."""
+import re
 import sys
 from pathlib import Path
 
+import nbformat
 from nbconvert import MarkdownExporter
-from traitlets.config import Config
 
 root = Path(__file__).resolve().parent.parent
-config = Config(MarkdownExporter=dict(preprocessors=["nbconvert.preprocessors.RegexRemovePreprocessor"]),
-                RegexRemovePreprocessor=dict(patterns=[r"^#\|\s*hide"]))
-text, _ = MarkdownExporter(config=config).from_filename(str(root / "nbs" / "index.ipynb"))
-text = text.replace("](images/", "](nbs/images/").replace("](experiments/", "](nbs/experiments/").replace("](results/", "](nbs/results/")
-text = "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
-for path in sorted((root / "nbs").glob("[0-9]*.ipynb")):  # links between notebooks, seen from the top level
-    text = text.replace(f"]({path.name})", f"](nbs/{path.name})")
-if "--print" in sys.argv:
-    sys.stdout.write(text)
-else:
-    (root / "README.md").write_text(text, encoding="utf-8")
+index = nbformat.read(root / "nbs" / "index.ipynb", 4)
+index.metadata["language_info"] = {"name": "python"}  # nbdev_clean removes it; it names the language of the code blocks
+text, resources = MarkdownExporter().from_notebook_node(index)
+files = {f"nbs/images/index-{k}.png": data for k, data in enumerate(resources["outputs"].values())}
+for name, new in zip(resources["outputs"], files):
+    text = text.replace(f"]({name})", f"]({new})")
+text = text.replace("](experiments/", "](nbs/experiments/").replace("](results/", "](nbs/results/")
+for notebook in sorted((root / "nbs").glob("[0-9]*.ipynb")):  # links between notebooks, seen from the top level
+    text = text.replace(f"]({notebook.name})", f"](nbs/{notebook.name})")
+text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.strip().splitlines())) + "\n"
+files["README.md"] = text.encode()
+
+stale = [name for name, data in files.items() if not (root / name).exists() or (root / name).read_bytes() != data]
+if "--check" in sys.argv:
+    sys.exit(f"not made from nbs/index.ipynb: {', '.join(stale)}; run python .ci/readme.py" if stale else 0)
+for name in stale:
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_bytes(files[name])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MIN_SCENES', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'code_commit',
-           'environment', 'summarise', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs']
+           'environment', 'summarise', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs', 'publish_run']
 
-# %% ../nbs/09_records.ipynb #6cb1aeae
+# %% ../nbs/09_records.ipynb #49d08baa
 import json
 import math
 import os
@@ -19,11 +19,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .config import Config, run_id
+from .config import MACHINE, Config, run_id
 from .data import ImageSet
 from .metrics import compare, evaluate
 
-# %% ../nbs/09_records.ipynb #b5963eab
+# %% ../nbs/09_records.ipynb #118f3d19
 def write_whole(
     path: str | Path,
     content: str | bytes,
@@ -52,7 +52,7 @@ def write_json(path: str | Path, value):
     "Write a value as indented JSON, whole or not at all."
     write_whole(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/09_records.ipynb #49de779a
+# %% ../nbs/09_records.ipynb #58bd7701
 def write_lines(path: str | Path, rows: list[dict]):
     "Write a whole journal anew."
     write_whole(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
@@ -80,7 +80,7 @@ def read_lines(
                 raise ValueError(f"{path}: line {number} is not JSON; restore it, or cut the file there") from None
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #56ba577d
+# %% ../nbs/09_records.ipynb #8e7987ca
 PACKAGES = ("smart_iqa", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "Pillow", "scikit-learn", "papermill")
 
 
@@ -113,7 +113,7 @@ def environment() -> dict:
                 platform.machine(), cores=os.cpu_count(), gpu=cuda, threads=torch.get_num_threads(),
                 packages={p: _version(p) for p in PACKAGES})
 
-# %% ../nbs/09_records.ipynb #c07a034f
+# %% ../nbs/09_records.ipynb #a5deff79
 MIN_SCENES = 10  # fewer scenes than this cannot be resampled; then pictures are, and the record says so
 
 
@@ -144,7 +144,7 @@ def summarise(
         result["comparison"] = {k: compare(d.pred, d.baseline, d.score, n_boot=2 * n_boot, groups=groups[k]) for k, d in parts.items()}
     return result
 
-# %% ../nbs/09_records.ipynb #3313e02c
+# %% ../nbs/09_records.ipynb #2d916fc6
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 
@@ -204,3 +204,17 @@ def list_runs(
                         **{f"{p}_srcc": m.get("srcc") for p, m in parts.items()})
         rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../nbs/09_records.ipynb #d7ba476c
+def publish_run(
+    folder: str | Path,  # of a finished run
+    to: str | Path,      # a folder for published runs; the run's folder is made in it
+) -> Path:
+    "Copy what tables and figures are made from (config, environment, journal, predictions, record), without machine paths."
+    run, target = read_run(folder), Path(to) / Path(folder).name
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / "config.json", {k: v for k, v in run["config"].items() if k not in MACHINE})
+    for name in ("environment.json", "record.json", "metrics.jsonl", "predictions.csv"):
+        if (Path(folder) / name).exists():
+            write_whole(target / name, (Path(folder) / name).read_bytes())
+    return target
