@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['demo', 'parse_parameters', 'run', 'runs', 'main']
 
-# %% ../nbs/14_cli.ipynb #a8f8fce3
+# %% ../nbs/14_cli.ipynb #6c9384e3
 import argparse
 import sys
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #c9c6aa70
+# %% ../nbs/14_cli.ipynb #8e0b94e0
 def _show(folder: Path):
     "Print the results of a finished run and where its files are."
     from smart_iqa.figures import results_table
     from smart_iqa.records import read_run
 
     run = read_run(folder)
-    print("\n" + results_table([run]).drop(columns="note", errors="ignore").to_string(index=False))
+    if "parts" in run:
+        print("\n" + results_table([run]).drop(columns="note", errors="ignore").to_string(index=False))
     if run.get("note"):
         print(f"\n{run['note']}")
     print(f"\nrecord:   {folder / 'record.json'}\nnotebook: {folder / 'run.ipynb'}")
@@ -30,7 +31,7 @@ def demo(args: argparse.Namespace):
 
     _show(execute("train", dict(profile="demo", seed=args.seed), out=args.out, batch="demo"))
 
-# %% ../nbs/14_cli.ipynb #1ed1fbaa
+# %% ../nbs/14_cli.ipynb #35082018
 def parse_parameters(
     words: list[str],  # "lr=1e-4", "--lr", "1e-4", "--lr=1e-4"
 ) -> dict:
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace):
         return
     _show(execute(args.notebook, parse_parameters(args.rest), out=args.out, batch=args.batch, name=args.name))
 
-# %% ../nbs/14_cli.ipynb #437facbb
+# %% ../nbs/14_cli.ipynb #8fd643ac
 def runs(args: argparse.Namespace):
     "List the runs below a folder: finished or not, epochs, headline numbers."
     from smart_iqa.records import list_runs
@@ -70,7 +71,7 @@ def runs(args: argparse.Namespace):
     frame = list_runs(args.out)
     print(frame.round(4).to_string(index=False) if len(frame) else f"no runs below {Path(args.out).resolve()}")
 
-# %% ../nbs/14_cli.ipynb #e2b5a095
+# %% ../nbs/14_cli.ipynb #91c6224b
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("smart-iqa", description="Blind image quality assessment: train, evaluate, report.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

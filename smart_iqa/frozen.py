@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'ridge_baseline']
 
-# %% ../nbs/11_frozen.ipynb #ac941139
+# %% ../nbs/11_frozen.ipynb #0db1ac44
 import hashlib
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
-# %% ../nbs/11_frozen.ipynb #e59eb8d1
+# %% ../nbs/11_frozen.ipynb #3952538d
 def weights_digest(model: nn.Module) -> str:
     "A fingerprint of all weights and statistics of a model."
     digest = hashlib.blake2b(digest_size=8)
@@ -65,7 +65,7 @@ def compute_features(
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/11_frozen.ipynb #e5d744ee
+# %% ../nbs/11_frozen.ipynb #2f7f8a51
 class FrozenFeed(CropFeed):
     "Precomputed features of fixed training crops and of the test grid, in place of crops."
 
@@ -103,10 +103,13 @@ class FrozenFeed(CropFeed):
         for k in range(0, len(features), self.cfg.batch_size):
             yield self._tensors(np.asarray(features[k : k + self.cfg.batch_size]))
 
+    def scorer(self, model: nn.Module) -> nn.Module:
+        return model  # only its head is asked
+
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
         return model.head(inputs)
 
-# %% ../nbs/11_frozen.ipynb #b4947224
+# %% ../nbs/11_frozen.ipynb #36c93aa5
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 

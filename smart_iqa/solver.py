@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rates', 'make_optimizer', 'CropFeed', 'predict', 'TrainingError', 'Solver', 'make_model']
 
-# %% ../nbs/10_solver.ipynb #4fa19526
+# %% ../nbs/10_solver.ipynb #bd9637c2
 import math
 import os
 import time
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .backbones import fold_batchnorm
 from .config import Config, keep_memory, pick_device, seed_everything, track, use_bf16
 from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan
 from .losses import get_loss
@@ -23,7 +24,7 @@ from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
 from .records import append_line, read_lines, write_lines
 
-# %% ../nbs/10_solver.ipynb #0d622f6a
+# %% ../nbs/10_solver.ipynb #8eef66da
 def learning_rates(
     cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min
     step: int,             # optimizer steps done
@@ -45,7 +46,7 @@ def learning_rates(
         return cfg.lr, cfg.lr * ratio * 0.1 ** (int(epoch) // 6)
     return tuple(tiers)
 
-# %% ../nbs/10_solver.ipynb #0c82bf40
+# %% ../nbs/10_solver.ipynb #78520c9f
 def make_optimizer(
     model: nn.Module,
     cfg: Config,
@@ -56,7 +57,7 @@ def make_optimizer(
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/10_solver.ipynb #7da95041
+# %% ../nbs/10_solver.ipynb #b5893999
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
     return np.flatnonzero((table.split == split).to_numpy())
 
@@ -93,11 +94,15 @@ class CropFeed:
         for crops, _ in crop_batches(self.cache, self.test_plan(rows, n_crops), c.crop, c.batch_size, c.workers):
             yield normalise(crops, self.device)
 
+    def scorer(self, model: nn.Module) -> nn.Module:
+        "The model as it scores fastest: batch norms folded, channels last."
+        return fold_batchnorm(model).to(memory_format=torch.channels_last)
+
     def score(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(inputs)
 
-# %% ../nbs/10_solver.ipynb #961cd278
+# %% ../nbs/10_solver.ipynb #78ae32d9
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -107,7 +112,7 @@ def predict(
     progress: bool = False,
 ) -> pd.DataFrame:      # the table's rows with pred, pred_std, a1 ... a4
     "Score every picture of a part. `pred_std` is the standard deviation over its crops (0-100), NaN for one crop."
-    model.eval()
+    model = feed.scorer(model.eval())
     rows = _rows(feed.table, split)
     scores, attention = [], []
     n_batches = -(-len(rows) * n_crops // feed.cfg.batch_size)
@@ -121,7 +126,7 @@ def predict(
     columns = dict(pred=s.mean(1), pred_std=spread, **{f"a{k + 1}": a[:, k] for k in range(4)})
     return feed.table.iloc[rows].reset_index(drop=True).assign(**columns)
 
-# %% ../nbs/10_solver.ipynb #faea14d8
+# %% ../nbs/10_solver.ipynb #ae601451
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the epoch, the step and the setting to change."
 
@@ -136,7 +141,7 @@ def _set_random_state(state: dict):
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../nbs/10_solver.ipynb #dfb09e67
+# %% ../nbs/10_solver.ipynb #dcb0c817
 class Solver:
     "Fits a model on the train part of a feed, chooses the epoch on its validation part, and can be resumed."
 
@@ -261,7 +266,7 @@ class Solver:
         stopped = f"no better epoch in {cfg.patience}" if stop and self.at["epoch"] < cfg.epochs else "all epochs done"
         return dict(best_epoch=self.at["best_epoch"], stopped=stopped, seconds=sum(r["seconds"] for r in self.history))
 
-# %% ../nbs/10_solver.ipynb #00b82cdf
+# %% ../nbs/10_solver.ipynb #ac89fd7c
 def make_model(
     cfg: Config,
     mean_score: float | None = None,  # of the training pictures, for start_at_mean
