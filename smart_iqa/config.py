@@ -6,7 +6,7 @@
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'run_id',
            'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'keep_memory', 'track']
 
-# %% ../nbs/00_config.ipynb #0be7d704
+# %% ../nbs/00_config.ipynb #60b25c22
 import ctypes
 import difflib
 import hashlib
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_config.ipynb #85f2046a
+# %% ../nbs/00_config.ipynb #1eea6d38
 @dataclass(frozen=True)
 class Config:
     "Every parameter of a run. `None` for a path means *not given*."
@@ -93,11 +93,13 @@ class Config:
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
-# %% ../nbs/00_config.ipynb #686074ef
+# %% ../nbs/00_config.ipynb #71502337
 MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
     "paper": {},
+    "hyperiqa": dict(method="hyperiqa", optimizer="adam", lr=2e-5, weight_decay=5e-4, schedule="hyperiqa", epochs=16, batch_size=96, train_crops=25,
+                     val_crops=25, test_crops=25, clip=0.0),
     "lite": dict(dataset="biq2021", model_size="lite", train_crops=1, val_crops=4, test_crops=20,
                  freeze_batchnorm=True, start_at_mean=True, loss="smooth_l1+20*plcc", lr=3e-4, head_lr_ratio=3.0,
                  weight_decay=0.01, warmup=0.5, epochs=4, batch_size=32, patience=0, baseline=True, seed=0),
@@ -108,7 +110,7 @@ PROFILES = {
 }
 LEGACY = dict(fit="squash", test_positions="random", flip=True)
 
-# %% ../nbs/00_config.ipynb #8c5142d9
+# %% ../nbs/00_config.ipynb #74b139dd
 _TYPES = {f.name: f.type for f in fields(Config)}
 _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), on_error=("raise", "skip"),
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"),
@@ -133,7 +135,7 @@ def _convert(name: str, value):
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
-# %% ../nbs/00_config.ipynb #837ee0da
+# %% ../nbs/00_config.ipynb #2c46eafd
 def check_names(
     names,    # names that somebody used
     allowed,  # names that exist
@@ -146,7 +148,7 @@ def check_names(
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(allowed)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
 
-# %% ../nbs/00_config.ipynb #1f3f9e21
+# %% ../nbs/00_config.ipynb #9cb00dab
 def make_config(
     profile: str = "paper",  # "demo", "lite" or "paper"
     **values,                # any field of `Config`; None keeps the profile's value
@@ -173,7 +175,7 @@ def make_config(
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
     return cfg
 
-# %% ../nbs/00_config.ipynb #bc37139d
+# %% ../nbs/00_config.ipynb #7deb4d2f
 def fingerprint(
     value,            # anything that json can write
     length: int = 10, # hexadecimal digits
@@ -193,7 +195,7 @@ def run_id(
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
     return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([what, data])}"
 
-# %% ../nbs/00_config.ipynb #a475b1b8
+# %% ../nbs/00_config.ipynb #7dac64b0
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
@@ -214,7 +216,7 @@ def pick_device(
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_config.ipynb #88058a78
+# %% ../nbs/00_config.ipynb #de6891d0
 def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
@@ -236,7 +238,7 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #71f99056
+# %% ../nbs/00_config.ipynb #d08e256f
 def keep_memory():
     "Let glibc keep freed memory for the next step instead of returning it. Does nothing where there is no glibc."
     if platform.libc_ver()[0] == "glibc":
@@ -244,7 +246,7 @@ def keep_memory():
         libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap is not trimmed
 
-# %% ../nbs/00_config.ipynb #080761ad
+# %% ../nbs/00_config.ipynb #4968154c
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
 

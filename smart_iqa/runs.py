@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RunError', 'experiments', 'find_notebook', 'parameters_of', 'parse_value', 'execute']
 
-# %% ../nbs/13_runs.ipynb #2f8afab1
+# %% ../nbs/13_runs.ipynb #59535de6
+import json
 import os
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import papermill
-import yaml
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config as TraitConfig
 
@@ -24,7 +24,7 @@ from .config import PROGRESS, Config, check_names, fingerprint, make_config
 from .data import load_set
 from .records import is_finished, read_lines, run_folder
 
-# %% ../nbs/13_runs.ipynb #95601a52
+# %% ../nbs/13_runs.ipynb #94f8d8b9
 class RunError(RuntimeError):
     "A run did not finish; the message says where and how to go on."
 
@@ -59,19 +59,15 @@ def parameters_of(
         raise ValueError(f"{path}: has no cell tagged 'parameters' (nbdev_clean strips the tag without allowed_cell_metadata_keys = tags)")
     return {name: dict(default=p["default"], help=p["help"]) for name, p in found.items()}
 
-# %% ../nbs/13_runs.ipynb #772a9412
+# %% ../nbs/13_runs.ipynb #46ff2e10
 def parse_value(text: str):
-    "A value given as text: YAML, and numbers such as 1e-4."
+    "A value given as text: JSON, Python's True, False and None, or the text itself."
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except json.JSONDecodeError:
         return text
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
-# %% ../nbs/13_runs.ipynb #9ade655c
+# %% ../nbs/13_runs.ipynb #855b1a27
 def _line(state: dict) -> str:
     "One line about a progress state: what, how far, rate, time left."
     done, rate = state["done"], (state["done"] - state["initial"]) / max(state["seconds"], 1e-9)
@@ -105,8 +101,8 @@ class _Watcher:
 
     def _progress(self):
         try:
-            state = yaml.safe_load(self.progress.read_text())
-        except (OSError, yaml.YAMLError):
+            state = json.loads(self.progress.read_text())
+        except (OSError, json.JSONDecodeError):
             return
         line = _line(state)
         if self.tty:
@@ -124,7 +120,7 @@ class _Watcher:
                       f"PLCC {row['val_plcc'] or float('nan'):.4f}, {row['seconds']:.0f} s")
         self.epochs = max(self.epochs, len(history))
 
-# %% ../nbs/13_runs.ipynb #7ea44aa2
+# %% ../nbs/13_runs.ipynb #e9b7183d
 def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name: str | None) -> Path:
     "The folder of a run: by configuration and data where the notebook takes a whole configuration, else by its parameters."
     names = [f for f in Config.__dataclass_fields__ if f in known]

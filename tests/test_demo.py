@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     killed = tmp_path / "killed" / "runs" / whole.name
     deadline = time.time() + 300
-    while not (killed / "resume.pt").exists() and time.time() < deadline:
+    while not (killed / "resume.pt").exists() and time.time() < deadline and child.poll() is None:
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
