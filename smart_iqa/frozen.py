@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'ridge_baseline']
 
-# %% ../nbs/11_frozen.ipynb #0db1ac44
+# %% ../nbs/11_frozen.ipynb #be052a14
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
-# %% ../nbs/11_frozen.ipynb #3952538d
+# %% ../nbs/11_frozen.ipynb #94edb20e
 def weights_digest(model: nn.Module) -> str:
     "A fingerprint of all weights and statistics of a model."
     digest = hashlib.blake2b(digest_size=8)
@@ -60,12 +59,13 @@ def compute_features(
                 out[at : at + len(f)] = f
                 at += len(f)
             out.flush()
+            out = None  # Windows renames no open file
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/11_frozen.ipynb #2f7f8a51
+# %% ../nbs/11_frozen.ipynb #221a7502
 class FrozenFeed(CropFeed):
     "Precomputed features of fixed training crops and of the test grid, in place of crops."
 
@@ -109,7 +109,7 @@ class FrozenFeed(CropFeed):
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
         return model.head(inputs)
 
-# %% ../nbs/11_frozen.ipynb #36c93aa5
+# %% ../nbs/11_frozen.ipynb #b5c5681e
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 
@@ -128,10 +128,17 @@ def ridge_baseline(
     state = torch.get_rng_state()
     backbone = make_model(cfg).backbone.eval()  # pretrained, not trained here
     torch.set_rng_state(state)
-    plan = grid_plan(cache.sizes, np.arange(len(table)), cfg.crop, cfg.val_crops)
-    f = compute_features(backbone, lambda x: _moments(backbone(x)), cache, plan, cfg, device, "moment", progress)
-    f = f.astype(np.float32).reshape(len(table), -1, f.shape[1]).mean(1)
+
+    def features(rows, n_crops):  # (len(rows), D)
+        plan = grid_plan(cache.sizes, rows, cfg.crop, n_crops)
+        f = compute_features(backbone, lambda x: _moments(backbone(x)), cache, plan, cfg, device, "moment", progress)
+        return f.astype(np.float32).reshape(len(rows), -1, f.shape[1]).mean(1)
+
+    f = features(np.arange(len(table)), cfg.val_crops)
     train, val = ((table.split == s).to_numpy() for s in ("train", "val"))
     fits = {a: make_pipeline(StandardScaler(), Ridge(alpha=a)).fit(f[train], table.score[train]) for a in ALPHAS}
     best = max(fits, key=lambda a: np.nan_to_num(srcc(fits[a].predict(f[val]), table.score[val]), nan=-1))
-    return fits[best].predict(f), best
+    reported = np.flatnonzero(~train)
+    ridge = fits[best].predict(f)
+    ridge[reported] = fits[best].predict(features(reported, cfg.test_crops))
+    return ridge, best

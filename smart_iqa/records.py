@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'MIN_SCENES', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'code_commit',
            'environment', 'summarise', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs', 'publish_run']
 
-# %% ../nbs/09_records.ipynb #49d08baa
+# %% ../nbs/09_records.ipynb #46f2e1be
 import json
 import math
 import os
@@ -19,11 +19,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .config import MACHINE, Config, run_id
+from .config import MACHINE, Config, pick_device, run_id, use_bf16
 from .data import ImageSet
 from .metrics import compare, evaluate
 
-# %% ../nbs/09_records.ipynb #118f3d19
+# %% ../nbs/09_records.ipynb #2fe55bec
 def write_whole(
     path: str | Path,
     content: str | bytes,
@@ -52,7 +52,7 @@ def write_json(path: str | Path, value):
     "Write a value as indented JSON, whole or not at all."
     write_whole(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/09_records.ipynb #58bd7701
+# %% ../nbs/09_records.ipynb #edd1b346
 def write_lines(path: str | Path, rows: list[dict]):
     "Write a whole journal anew."
     write_whole(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
@@ -80,7 +80,7 @@ def read_lines(
                 raise ValueError(f"{path}: line {number} is not JSON; restore it, or cut the file there") from None
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #8e7987ca
+# %% ../nbs/09_records.ipynb #0db9e9c5
 PACKAGES = ("smart_iqa", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "Pillow", "scikit-learn", "papermill")
 
 
@@ -106,20 +106,25 @@ def code_commit() -> str | None:
     return head.stdout.strip() + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 and tracked else None
 
 
-def environment() -> dict:
+def environment(
+    cfg: Config | None = None,  # adds the device and the arithmetic of a run
+) -> dict:
     "Versions, commit and machine, as recorded beside every result."
+    device = pick_device(cfg.device) if cfg else None
+    of_run = dict(device=str(device), bf16=use_bf16(cfg.amp, device)) if cfg else {}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(commit=code_commit(), python=platform.python_version(), system=platform.platform(), cpu=platform.processor() or
+    return of_run | dict(commit=code_commit(), python=platform.python_version(), system=platform.platform(), cpu=platform.processor() or
                 platform.machine(), cores=os.cpu_count(), gpu=cuda, threads=torch.get_num_threads(),
                 packages={p: _version(p) for p in PACKAGES})
 
-# %% ../nbs/09_records.ipynb #a5deff79
-MIN_SCENES = 10  # fewer scenes than this cannot be resampled; then pictures are, and the record says so
+# %% ../nbs/09_records.ipynb #29bf022b
+MIN_SCENES = 10  # fewer scenes than this cannot be resampled
 
 
-def _groups(part: pd.DataFrame) -> pd.Series | None:
-    "The scenes to resample, or None to resample pictures."
-    return part.ref if MIN_SCENES <= part.ref.nunique() < len(part) else None
+def _resampling(part: pd.DataFrame) -> str:
+    "What a bootstrap of this part resamples: pictures where each is a scene of its own, scenes, or nothing where there are too few."
+    scenes = part.ref.nunique()
+    return "pictures" if scenes == len(part) else "scenes" if scenes >= MIN_SCENES else "nothing"
 
 
 def summarise(
@@ -132,19 +137,21 @@ def summarise(
     if "near_duplicate" in p and p.near_duplicate.any():
         masks["test_clean"] = masks["test"] & ~p.near_duplicate
     parts = {k: p[m] for k, m in masks.items() if m.sum() >= 2}
-    groups = {k: _groups(d) for k, d in parts.items()}
+    how = {k: _resampling(d) for k, d in parts.items()}
+    groups = {k: d.ref if how[k] == "scenes" else None for k, d in parts.items()}
 
     def measure(column):
-        return {k: evaluate(d[column], d.score, n_boot, groups=groups[k]) | dict(
-            resampled="pictures" if groups[k] is None else "scenes", scenes=d.ref.nunique()) for k, d in parts.items()}
+        return {k: evaluate(d[column], d.score, 0 if how[k] == "nothing" else n_boot, groups=groups[k])
+                | dict(resampled=how[k], scenes=d.ref.nunique()) for k, d in parts.items()}
 
     result = dict(parts=measure("pred"))
     if "baseline" in p:
         result["baseline"] = dict(parts=measure("baseline"))
-        result["comparison"] = {k: compare(d.pred, d.baseline, d.score, n_boot=2 * n_boot, groups=groups[k]) for k, d in parts.items()}
+        result["comparison"] = {k: compare(d.pred, d.baseline, d.score, n_boot=2 * n_boot, groups=groups[k])
+                                for k, d in parts.items() if how[k] != "nothing"}
     return result
 
-# %% ../nbs/09_records.ipynb #2d916fc6
+# %% ../nbs/09_records.ipynb #40ce20f4
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 
@@ -159,13 +166,26 @@ def run_folder(
     return Path(out).expanduser() / batch / run_id(cfg, found.fingerprint, name)
 
 
+def _write_environment(folder: Path, now: dict):
+    "Write what a run runs on; where it goes on under other code or on another machine, keep the first and add the change."
+    path = folder / "environment.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if before is not None:
+        last = {**before, **(before.get("resumed") or [{}])[-1]}
+        if changed := {k: v for k, v in now.items() if last.get(k) != v}:
+            print(f"going on under changed {', '.join(changed)}: recorded in environment.json")
+            before["resumed"] = [*before.get("resumed", []), changed]
+    write_json(path, before or now)
+
+
 def open_run(folder: Path, cfg: Config, found: ImageSet) -> Path:
     "Make the folder of a run and write what is known at its start; an unfinished run keeps what it has, a finished one is an error."
     if is_finished(folder):
         raise ValueError(f"{folder}: this run is finished; read it with read_run, delete the folder, or change a parameter")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(cfg))
-    write_json(folder / "environment.json", environment() | dict(seed=cfg.seed, data=found.fingerprint))
+    _write_environment(folder, environment(cfg) | dict(seed=cfg.seed, data=found.fingerprint))
+    write_whole(folder / "splits.csv", found.table[["image", "split"]].to_csv(index=False))
     if len(found.skipped):
         write_whole(folder / "skipped.csv", found.skipped.to_csv(index=False))
     if found.duplicates is not None:
@@ -205,7 +225,7 @@ def list_runs(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #d7ba476c
+# %% ../nbs/09_records.ipynb #580b8def
 def publish_run(
     folder: str | Path,  # of a finished run
     to: str | Path,      # a folder for published runs; the run's folder is made in it
@@ -214,7 +234,7 @@ def publish_run(
     run, target = read_run(folder), Path(to) / Path(folder).name
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "config.json", {k: v for k, v in run["config"].items() if k not in MACHINE})
-    for name in ("environment.json", "record.json", "metrics.jsonl", "predictions.csv"):
+    for name in ("environment.json", "record.json", "metrics.jsonl", "predictions.csv", "splits.csv"):
         if (Path(folder) / name).exists():
             write_whole(target / name, (Path(folder) / name).read_bytes())
     return target

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RunError', 'experiments', 'find_notebook', 'parameters_of', 'parse_value', 'execute']
 
-# %% ../nbs/13_runs.ipynb #59535de6
+# %% ../nbs/13_runs.ipynb #556781dc
+import hashlib
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from .config import PROGRESS, Config, check_names, fingerprint, make_config
 from .data import load_set
 from .records import is_finished, read_lines, run_folder
 
-# %% ../nbs/13_runs.ipynb #94f8d8b9
+# %% ../nbs/13_runs.ipynb #71d8a6da
 class RunError(RuntimeError):
     "A run did not finish; the message says where and how to go on."
 
@@ -59,7 +60,7 @@ def parameters_of(
         raise ValueError(f"{path}: has no cell tagged 'parameters' (nbdev_clean strips the tag without allowed_cell_metadata_keys = tags)")
     return {name: dict(default=p["default"], help=p["help"]) for name, p in found.items()}
 
-# %% ../nbs/13_runs.ipynb #46ff2e10
+# %% ../nbs/13_runs.ipynb #4f0eb010
 def parse_value(text: str):
     "A value given as text: JSON, Python's True, False and None, or the text itself."
     try:
@@ -67,7 +68,7 @@ def parse_value(text: str):
     except json.JSONDecodeError:
         return text
 
-# %% ../nbs/13_runs.ipynb #855b1a27
+# %% ../nbs/13_runs.ipynb #f7f07459
 def _line(state: dict) -> str:
     "One line about a progress state: what, how far, rate, time left."
     done, rate = state["done"], (state["done"] - state["initial"]) / max(state["seconds"], 1e-9)
@@ -116,18 +117,20 @@ class _Watcher:
         history = read_lines(self.folder / "metrics.jsonl")
         for row in history.to_dict("records")[self.epochs :] if self.echo else []:
             clear = "\r\033[K" if self.tty else ""
-            self.echo(f"{clear}epoch {row['epoch']}: train loss {row['train_loss']:.3f}, validation SRCC {row['val_srcc'] or float('nan'):.4f}, "
+            self.echo(f"{clear}epoch {row['epoch']}: train loss {row['train_loss']:.3f}, {'test' if row.get('chosen_on') == 'test' else 'validation'} SRCC {row['val_srcc'] or float('nan'):.4f}, "
                       f"PLCC {row['val_plcc'] or float('nan'):.4f}, {row['seconds']:.0f} s")
         self.epochs = max(self.epochs, len(history))
 
-# %% ../nbs/13_runs.ipynb #e9b7183d
+# %% ../nbs/13_runs.ipynb #9233cac3
 def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name: str | None) -> Path:
     "The folder of a run: by configuration and data where the notebook takes a whole configuration, else by its parameters."
     names = [f for f in Config.__dataclass_fields__ if f in known]
     if len(names) == len(Config.__dataclass_fields__):
         cfg = make_config(**{k: v for k, v in given.items() if k in names} | {"profile": given.get("profile", "demo")})
         return run_folder(cfg, load_set(cfg, progress=True), out, batch, name)
-    return out / batch / f"{name or stem}-{fingerprint(given)}"
+    files = [p for v in given.values() if isinstance(v, str) for p in (Path(v), Path(v) / "record.json") if p.is_file()]
+    content = [hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in files]  # another checkpoint under the same name is another run
+    return out / batch / f"{name or stem}-{fingerprint([given, content])}"
 
 
 def execute(
@@ -136,13 +139,19 @@ def execute(
     out: str | Path = "outputs",    # folder of all batches
     batch: str = "runs",            # folder of this batch
     name: str | None = None,        # readable part of the run's name
+    again: bool = False,            # run a finished run once more
     echo: Callable[[str], None] | None = print,  # told what happens; None: silence
 ) -> Path:                          # the folder of the finished run
     "Run an experiment notebook; a finished run is not run again, an unfinished one goes on. RunError when it fails."
     say = echo or (lambda text: None)
     path, given, known = find_notebook(notebook), dict(parameters or {}), parameters_of(notebook)
     check_names(given, known, f"parameter of {path.stem}")
+    if "folder" in given:
+        raise ValueError("folder is made of out, batch and name; give those")
+    out, batch, name = given.pop("out", out), given.pop("batch", batch), given.pop("name", name)  # as words they mean the same
     folder = _folder_of(path.stem, given, known, Path(out).expanduser().resolve(), batch, name)
+    if again:
+        (folder / "record.json").unlink(missing_ok=True)
     if is_finished(folder):
         say(f"finished before: {folder}")
         return folder

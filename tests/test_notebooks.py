@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -22,9 +23,10 @@ SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
     """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own."""
     monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path / "cache"))
-    ipc = Config(KernelManager=dict(transport="ipc", ip=str(tmp_path / "k")))
-    client = NotebookClient(nbformat.read(path, 4), timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, config=ipc)
-    client.execute()
+    with tempfile.TemporaryDirectory() as short:  # the path of a socket may have some hundred characters
+        ipc = Config(KernelManager=dict(transport="ipc", ip=f"{short}/k"))
+        here = {"metadata": {"path": str(path.parent)}}
+        NotebookClient(nbformat.read(path, 4), timeout=600, kernel_name="python3", resources=here, config=ipc).execute()
 
 
 def test_package_equals_export(tmp_path):
