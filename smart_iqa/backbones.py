@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'Backbone', 'WeightsError', 'load_backbone_weights', 'fold_batchnorm']
 
-# %% ../nbs/05_backbones.ipynb #5e723a35
+# %% ../nbs/05_backbones.ipynb #0539c258
 import copy
 import socket
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .config import check_names
 from .crops import MEAN, STD
 
-# %% ../nbs/05_backbones.ipynb #4e95921a
+# %% ../nbs/05_backbones.ipynb #5bb8a13c
 NAMES = {
     "tiny": "swin_tiny_patch4_window7_224",
     "small": "swin_small_patch4_window7_224",
@@ -49,7 +49,7 @@ def _pyramid(name: str, drop_path: float) -> nn.Module:
         raise ValueError(f"backbone {name!r} has strides {strides}; needed are 4, 8, 16 and 32")
     return timm.create_model(name, **options, out_indices=[strides.index(s) for s in (4, 8, 16, 32)])
 
-# %% ../nbs/05_backbones.ipynb #1ed249db
+# %% ../nbs/05_backbones.ipynb #9f3f3f5c
 class Backbone(nn.Module):
     "A timm network as a list of four maps (B, C_i, H/4, W/4) ... (B, C_i, H/32, W/32)."
 
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         # channels-last networks say so by their last axis
         return [m.permute(0, 3, 1, 2) if m.shape[1] != c else m for m, c in zip(maps, self.channels)]
 
-# %% ../nbs/05_backbones.ipynb #95fbb6ae
+# %% ../nbs/05_backbones.ipynb #5e5d0fce
 class WeightsError(RuntimeError):
     "Backbone weights are not to be had; the message says what to do."
 
@@ -103,7 +103,7 @@ def _fill_in_order(model: nn.Module, weights: dict):
         raise WeightsError(f"weights do not fit by position: {wrong[0]}")
     model.load_state_dict({a: w for (a, _), (_, w) in pairs})
 
-# %% ../nbs/05_backbones.ipynb #4e26f0ab
+# %% ../nbs/05_backbones.ipynb #d26f4618
 def load_backbone_weights(
     backbone: Backbone,
     pretrained: str | bool = "auto",  # "auto" or True, "wheel", "hub", "none" or False, or a .pth/.safetensors file
@@ -158,7 +158,7 @@ def _load_file(backbone: Backbone, path: Path) -> str:
     backbone.model.load_state_dict(fitting)
     return path.name
 
-# %% ../nbs/05_backbones.ipynb #6a264edd
+# %% ../nbs/05_backbones.ipynb #c188337f
 def fold_batchnorm(
     module: nn.Module,  # in eval mode
 ) -> nn.Module:         # a copy, or the module itself where there is nothing to fold

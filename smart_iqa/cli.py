@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['demo', 'parse_parameters', 'run', 'runs', 'main']
 
-# %% ../nbs/14_cli.ipynb #46955c33
+# %% ../nbs/14_cli.ipynb #60e3621d
 import argparse
 import sys
 from pathlib import Path
 
-# %% ../nbs/14_cli.ipynb #6a300343
+# %% ../nbs/14_cli.ipynb #00ac6bdb
 def _show(folder: Path):
     "Print the results of a finished run and where its files are."
     from smart_iqa.figures import results_table
@@ -31,7 +31,7 @@ def demo(args: argparse.Namespace):
 
     _show(execute("train", dict(profile="demo", seed=args.seed), out=args.out, batch="demo"))
 
-# %% ../nbs/14_cli.ipynb #ca3edb5b
+# %% ../nbs/14_cli.ipynb #7e44324a
 def parse_parameters(
     words: list[str],  # "lr=1e-4", "--lr", "1e-4", "--lr=1e-4"
 ) -> dict:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace):
         return
     _show(execute(args.notebook, parse_parameters(args.rest), out=args.out, batch=args.batch, name=args.name, again=args.again))
 
-# %% ../nbs/14_cli.ipynb #8d0ae41e
+# %% ../nbs/14_cli.ipynb #15b0422d
 def runs(args: argparse.Namespace):
     "List the runs below a folder: finished or not, epochs, headline numbers."
     from smart_iqa.records import list_runs
@@ -71,7 +71,7 @@ def runs(args: argparse.Namespace):
     frame = list_runs(args.out)
     print(frame.round(4).to_string(index=False) if len(frame) else f"no runs below {Path(args.out).resolve()}")
 
-# %% ../nbs/14_cli.ipynb #9db843c3
+# %% ../nbs/14_cli.ipynb #db3d3b3a
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("smart-iqa", description="Blind image quality assessment: train, evaluate, report.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

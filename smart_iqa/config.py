@@ -6,7 +6,7 @@
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'run_id',
            'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'keep_memory', 'track']
 
-# %% ../nbs/00_config.ipynb #eac56c11
+# %% ../nbs/00_config.ipynb #16441751
 import contextlib
 import ctypes
 import difflib
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_config.ipynb #655e7a01
+# %% ../nbs/00_config.ipynb #53dc7e41
 @dataclass(frozen=True)
 class Config:
     "Every parameter of a run. `None` for a path means *not given*."
@@ -94,7 +94,7 @@ class Config:
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
-# %% ../nbs/00_config.ipynb #087980da
+# %% ../nbs/00_config.ipynb #4b917f50
 MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
@@ -111,7 +111,7 @@ PROFILES = {
 }
 LEGACY = dict(fit="squash", test_positions="random")
 
-# %% ../nbs/00_config.ipynb #aca95d74
+# %% ../nbs/00_config.ipynb #1717de9a
 _TYPES = {f.name: f.type for f in fields(Config)}
 _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), on_error=("raise", "skip"),
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"),
@@ -136,7 +136,7 @@ def _convert(name: str, value):
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
-# %% ../nbs/00_config.ipynb #502bab07
+# %% ../nbs/00_config.ipynb #25e5ccac
 def check_names(
     names,    # names that somebody used
     allowed,  # names that exist
@@ -149,7 +149,7 @@ def check_names(
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(allowed)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
 
-# %% ../nbs/00_config.ipynb #6f76bfd3
+# %% ../nbs/00_config.ipynb #f9223c0f
 def make_config(
     profile: str = "paper",  # a name from PROFILES
     **values,                # any field of `Config`; None keeps the profile's value
@@ -176,7 +176,7 @@ def make_config(
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
     return cfg
 
-# %% ../nbs/00_config.ipynb #2e577c5b
+# %% ../nbs/00_config.ipynb #035ee7a1
 def fingerprint(
     value,            # anything that json can write
     length: int = 10, # hexadecimal digits
@@ -196,7 +196,7 @@ def run_id(
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
     return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([what, data])}"
 
-# %% ../nbs/00_config.ipynb #de488937
+# %% ../nbs/00_config.ipynb #c1507383
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
@@ -217,7 +217,7 @@ def pick_device(
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_config.ipynb #95d79a4b
+# %% ../nbs/00_config.ipynb #5694cb59
 def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
@@ -239,7 +239,7 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #2b259844
+# %% ../nbs/00_config.ipynb #3d902536
 def keep_memory():
     "Let glibc keep freed memory for the next step instead of returning it. Does nothing where there is no glibc."
     if platform.libc_ver()[0] == "glibc":
@@ -247,7 +247,7 @@ def keep_memory():
         libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap is not trimmed
 
-# %% ../nbs/00_config.ipynb #93bdb021
+# %% ../nbs/00_config.ipynb #7fc342ea
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
 

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_positions', 'Plan', 'random_plan', 'grid_plan',
            'crop_batches', 'normalise', 'jitter']
 
-# %% ../nbs/04_crops.ipynb #4f54c032
+# %% ../nbs/04_crops.ipynb #1fa2862c
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from .config import cache_dir, fingerprint, track
 from .data import ImageSet, check_parts, settle
 from .images import load_image, resize
 
-# %% ../nbs/04_crops.ipynb #0dfe1e7c
+# %% ../nbs/04_crops.ipynb #43190316
 @dataclass
 class PixelCache:
     "Decoded pictures of one set at one size: `cache[i]` is (H, W, 3) uint8, a view of the mapped file."
@@ -50,7 +50,7 @@ class PixelCache:
     def sizes(self) -> np.ndarray:  # (N, 2) height, width
         return self._where[:, 1:]
 
-# %% ../nbs/04_crops.ipynb #8e3d84f9
+# %% ../nbs/04_crops.ipynb #5ac12e61
 def _decode(path: Path, size: int, fit: str) -> np.ndarray | str:
     "Pixels of one picture, or the reason why there are none."
     try:
@@ -74,7 +74,7 @@ def _write_pixels(paths: list[Path], images: list[str], size: int, fit: str, fil
             offset += got.size
     return rows, problems
 
-# %% ../nbs/04_crops.ipynb #5e7af580
+# %% ../nbs/04_crops.ipynb #e699890d
 def build_cache(
     images: ImageSet,
     size: int = 384,          # short side in pixels
@@ -109,7 +109,7 @@ def build_cache(
         check_parts(images, expected)
     return PixelCache(path, index)
 
-# %% ../nbs/04_crops.ipynb #8d831b5c
+# %% ../nbs/04_crops.ipynb #8bb3d05f
 def grid_shape(
     n: int,  # crops
 ) -> tuple[int, int]:  # along the shorter side, along the longer side
@@ -133,7 +133,7 @@ def grid_positions(
     y, x = np.meshgrid(along(height, rows).round(), along(width, columns).round(), indexing="ij")
     return np.stack([y.ravel(), x.ravel()], 1).astype(np.int64)
 
-# %% ../nbs/04_crops.ipynb #d85db20d
+# %% ../nbs/04_crops.ipynb #0eae8c9b
 @dataclass
 class Plan:
     "The crops of one pass, in order: arrays of equal length."
@@ -171,7 +171,7 @@ def grid_plan(
     top, left = np.concatenate(corners).T if len(corners) else np.empty((2, 0), np.int64)
     return Plan(np.repeat(np.asarray(rows, np.int64), n), top, left, np.zeros(len(top), bool))
 
-# %% ../nbs/04_crops.ipynb #cf9be970
+# %% ../nbs/04_crops.ipynb #08d6a61b
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB on 0-1
 
 
@@ -208,7 +208,7 @@ def crop_batches(
     own = torch.Generator()  # else every loader draws from the global generator, and a resumed run differs from a whole one
     return DataLoader(_Batches(cache, plan, crop, batch_size, first), batch_size=None, num_workers=workers, generator=own)
 
-# %% ../nbs/04_crops.ipynb #95ed65bb
+# %% ../nbs/04_crops.ipynb #cc12f947
 def normalise(
     crops: torch.Tensor,  # (B, 3, H, W) uint8
     device: torch.device | str = "cpu",

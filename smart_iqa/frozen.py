@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'ridge_baseline']
 
-# %% ../nbs/11_frozen.ipynb #be052a14
+# %% ../nbs/11_frozen.ipynb #286b079e
 import hashlib
 import os
 
@@ -22,7 +22,7 @@ from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
-# %% ../nbs/11_frozen.ipynb #94edb20e
+# %% ../nbs/11_frozen.ipynb #eaffb4b3
 def weights_digest(model: nn.Module) -> str:
     "A fingerprint of all weights and statistics of a model."
     digest = hashlib.blake2b(digest_size=8)
@@ -65,7 +65,7 @@ def compute_features(
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/11_frozen.ipynb #221a7502
+# %% ../nbs/11_frozen.ipynb #aad47c77
 class FrozenFeed(CropFeed):
     "Precomputed features of fixed training crops and of the test grid, in place of crops."
 
@@ -109,7 +109,7 @@ class FrozenFeed(CropFeed):
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
         return model.head(inputs)
 
-# %% ../nbs/11_frozen.ipynb #b5c5681e
+# %% ../nbs/11_frozen.ipynb #5b6787fb
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 

@@ -6,7 +6,7 @@
 __all__ = ['OPINION_STD', 'LOSSES', 'l1', 'l2', 'smooth_l1', 'plcc_loss', 'srcc_loss', 'ranking_hinge', 'rank_loss',
            'fidelity_loss', 'get_loss']
 
-# %% ../nbs/07_losses.ipynb #7a5ff399
+# %% ../nbs/07_losses.ipynb #55a271a4
 import math
 from functools import lru_cache, partial
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffsort import DiffSortNet
 
-# %% ../nbs/07_losses.ipynb #5e30dec9
+# %% ../nbs/07_losses.ipynb #004a2552
 def _batch(
     *xs: torch.Tensor,    # vectors of one length
 ) -> list[torch.Tensor]:  # the same, fp32 (fp64 if the first one is)
@@ -26,7 +26,7 @@ def _batch(
     kind = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
     return [x.to(kind) for x in xs]
 
-# %% ../nbs/07_losses.ipynb #ef46bef5
+# %% ../nbs/07_losses.ipynb #7727f7d4
 def l1(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
@@ -34,7 +34,7 @@ def l1(
     "Mean absolute error: the loss of the published SMART-IQA runs."
     return F.l1_loss(*_batch(pred, score))
 
-# %% ../nbs/07_losses.ipynb #84033a5d
+# %% ../nbs/07_losses.ipynb #60554027
 def l2(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
@@ -42,7 +42,7 @@ def l2(
     "Mean squared error."
     return F.mse_loss(*_batch(pred, score))
 
-# %% ../nbs/07_losses.ipynb #e2d77f45
+# %% ../nbs/07_losses.ipynb #e564017e
 def smooth_l1(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
@@ -51,7 +51,7 @@ def smooth_l1(
     "L1 with a round bottom (Girshick, Fast R-CNN, 2015, eq. 3, with torch's `beta`)."
     return F.smooth_l1_loss(*_batch(pred, score), beta=beta)
 
-# %% ../nbs/07_losses.ipynb #87fcfb59
+# %% ../nbs/07_losses.ipynb #4825e0ce
 def _pearson(
     x: torch.Tensor,  # (B,)
     y: torch.Tensor,  # (B,)
@@ -61,7 +61,7 @@ def _pearson(
     x, y = x - x.mean(), y - y.mean()
     return (x * y).mean() / ((x.square().mean() + eps).sqrt() * (y.square().mean() + eps).sqrt())
 
-# %% ../nbs/07_losses.ipynb #f5a3b604
+# %% ../nbs/07_losses.ipynb #4baa5a1f
 def plcc_loss(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
@@ -69,7 +69,7 @@ def plcc_loss(
     "1 - Pearson correlation of the batch (what SMART-IQA calls its srcc loss)."
     return 1 - _pearson(*_batch(pred, score))
 
-# %% ../nbs/07_losses.ipynb #74302151
+# %% ../nbs/07_losses.ipynb #395626b7
 def _ranks(
     x: torch.Tensor,  # (B,)
 ) -> torch.Tensor:    # (B,) ranks 0 ... B-1, ties share their mean
@@ -85,7 +85,7 @@ def _sorter(n: int, device: torch.device, steepness: float) -> DiffSortNet:
     with torch.inference_mode(False):  # a network first built while validating must also serve training
         return DiffSortNet("odd_even", n, device=device, steepness=steepness, distribution="cauchy")
 
-# %% ../nbs/07_losses.ipynb #c337dbe5
+# %% ../nbs/07_losses.ipynb #a19dca58
 def _soft_ranks(
     x: torch.Tensor,   # (B,) in ascending order
     steepness: float,  # per standard deviation of the batch
@@ -96,7 +96,7 @@ def _soft_ranks(
     ties = (z[:, None] == z).to(z)
     return ties @ (perm[0] @ torch.arange(len(z)).to(z)) / ties.sum(1)
 
-# %% ../nbs/07_losses.ipynb #73e6ff7a
+# %% ../nbs/07_losses.ipynb #06210048
 def srcc_loss(
     pred: torch.Tensor,      # (B,) predicted scores, higher is better
     score: torch.Tensor,     # (B,) true scores, 0-100
@@ -108,7 +108,7 @@ def srcc_loss(
         pred, order = pred.sort(stable=True)
         return 1 - _pearson(_soft_ranks(pred, steepness), _ranks(score[order]))
 
-# %% ../nbs/07_losses.ipynb #39775504
+# %% ../nbs/07_losses.ipynb #3827e481
 def _diff(
     x: torch.Tensor,  # (B,)
 ) -> torch.Tensor:    # (B, B), entry ij is x_i - x_j
@@ -123,7 +123,7 @@ def _pair_mean(
     n = len(cost)
     return (cost.sum() - cost.diagonal().sum()) / max(n * (n - 1), 1)
 
-# %% ../nbs/07_losses.ipynb #22100fb5
+# %% ../nbs/07_losses.ipynb #be6adec9
 def ranking_hinge(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
@@ -134,7 +134,7 @@ def ranking_hinge(
     order = _diff(score).sign()
     return _pair_mean(F.relu(margin - order * _diff(pred)) * order.abs())
 
-# %% ../nbs/07_losses.ipynb #fcd28eee
+# %% ../nbs/07_losses.ipynb #99a81a21
 def rank_loss(
     pred: torch.Tensor,    # (B,) predicted scores, higher is better
     score: torch.Tensor,   # (B,) true scores, 0-100
@@ -145,7 +145,7 @@ def rank_loss(
     lead, by = (_diff(score), _diff(pred)) if not legacy else (_diff(pred), _diff(score))
     return _pair_mean(F.relu(lead.abs() - lead.sign() * by))
 
-# %% ../nbs/07_losses.ipynb #3d3ecbf3
+# %% ../nbs/07_losses.ipynb #4aaccbcd
 OPINION_STD = 14.0  # points; stands in for an unknown opinion std (KonIQ-10k's mean is 14)
 
 
@@ -158,7 +158,7 @@ def _noise(
     var = std.nan_to_num(OPINION_STD).clamp(min=1).square()
     return (var[:, None] + var).sqrt()
 
-# %% ../nbs/07_losses.ipynb #c479f211
+# %% ../nbs/07_losses.ipynb #f6044aab
 def fidelity_loss(
     pred: torch.Tensor,                # (B,) predicted scores, higher is better
     score: torch.Tensor,               # (B,) true scores, 0-100
@@ -172,7 +172,7 @@ def fidelity_loss(
     same = [((log_p(s * z) + log_p(s * z_pred)) / 2).exp() for s in (1, -1)]  # sqrt(p p'), sqrt((1-p)(1-p'))
     return _pair_mean(1 - same[0] - same[1])
 
-# %% ../nbs/07_losses.ipynb #3b05827d
+# %% ../nbs/07_losses.ipynb #488e98e4
 LOSSES = {"l1": l1, "l2": l2, "smooth_l1": smooth_l1, "plcc": plcc_loss, "rank": rank_loss,
           "fidelity": fidelity_loss, "srcc": srcc_loss}
 
@@ -189,7 +189,7 @@ def _parse(
     if not all(0 < w < math.inf for w, _ in terms): raise ValueError(f"weights must be positive and finite: {spec!r}")
     return terms
 
-# %% ../nbs/07_losses.ipynb #a52dbfde
+# %% ../nbs/07_losses.ipynb #861e415a
 def _term(
     name: str,     # key of `LOSSES`
     legacy: bool,  # the published forms
@@ -200,7 +200,7 @@ def _term(
     if legacy and name == "srcc": f = plcc_loss
     return lambda pred, score, std: f(pred, score)
 
-# %% ../nbs/07_losses.ipynb #98c1de3e
+# %% ../nbs/07_losses.ipynb #13a0f278
 def get_loss(
     spec: str = "l1",      # a name of `LOSSES`, or a weighted sum such as "smooth_l1+20*plcc"
     alpha: float = 0.0,    # weight of the pairwise `ranking_hinge` added to it

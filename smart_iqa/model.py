@@ -7,7 +7,7 @@ __all__ = ['LDA_CHANNELS', 'LDA_GRIDS', 'LDA_OUT', 'GRID', 'HYPER', 'TARGET', 'D
            'target_net', 'SmartIQA', 'HyperIQA', 'native_name', 'CheckpointError', 'build_model', 'load_checkpoint',
            'save_checkpoint']
 
-# %% ../nbs/06_model.ipynb #09fe86e1
+# %% ../nbs/06_model.ipynb #393b7478
 import json
 import os
 import pickle
@@ -22,7 +22,7 @@ from torch import nn
 
 from .backbones import Backbone, load_backbone_weights
 
-# %% ../nbs/06_model.ipynb #9400d67a
+# %% ../nbs/06_model.ipynb #bdc8c830
 LDA_CHANNELS, LDA_GRIDS, LDA_OUT = (16, 32, 64), (8, 4, 2, 1), (16, 16, 16, 176)
 GRID = 7          # the hyper network's maps are 7 x 7
 HYPER = 112       # channels from which it writes the weights
@@ -42,7 +42,7 @@ class LocalDistortion(nn.Module):
         maps = [conv(p) for conv, p in zip(self.convs, pooled)] + [pooled[3]]
         return torch.cat([linear(m.flatten(1)) for linear, m in zip(self.linears, maps)], 1)
 
-# %% ../nbs/06_model.ipynb #e64242f0
+# %% ../nbs/06_model.ipynb #5806aa24
 class Gate(nn.Module):
     "Channel attention over the stages: pooled last stage (B, C) to weights (B, 4) that sum to one."
 
@@ -56,7 +56,7 @@ class Gate(nn.Module):
     def forward(self, last: torch.Tensor) -> torch.Tensor:
         return self.net(last).softmax(1)
 
-# %% ../nbs/06_model.ipynb #9f9fc207
+# %% ../nbs/06_model.ipynb #2e8b51c0
 class HyperNet(nn.Module):
     "Content maps (B, C, 7, 7) to the weights and biases of a target network, one for each crop."
 
@@ -79,7 +79,7 @@ class HyperNet(nn.Module):
         weights = [*(conv(h) for conv in self.weights), self.last_weight(flat)]
         return [(w.reshape(-1, o, i), bias(flat)) for (i, o), w, bias in zip(shapes, weights, self.biases)]
 
-# %% ../nbs/06_model.ipynb #1f3041af
+# %% ../nbs/06_model.ipynb #7156c091
 def target_net(
     v: torch.Tensor,   # (B, 224) local distortion vectors
     layers: list[tuple[torch.Tensor, torch.Tensor]],  # (B, out, in) weights and (B, out) biases
@@ -94,7 +94,7 @@ def target_net(
         h = F.dropout(h, dropout, training) if k < 3 else h
     return h.flatten()
 
-# %% ../nbs/06_model.ipynb #23be6583
+# %% ../nbs/06_model.ipynb #91e414ff
 class _HyperModel(nn.Module):
     "What SmartIQA and HyperIQA share: backbone, pooling, heads, and the names of published checkpoints."
 
@@ -153,7 +153,7 @@ class _HyperModel(nn.Module):
         "As torch's; the key names of published checkpoints are understood too."
         return super().load_state_dict({native_name(k): v for k, v in state_dict.items()}, strict, assign)
 
-# %% ../nbs/06_model.ipynb #2ce3ad0f
+# %% ../nbs/06_model.ipynb #795ea1e2
 DROPS = {"tiny": (0.2, 0.3), "small": (0.25, 0.35), "base": (0.3, 0.4), "lite": (0.0, 0.1)}  # drop path, dropout
 
 
@@ -182,7 +182,7 @@ class SmartIQA(_HyperModel):
         self.arguments = dict(method="smart", model_size=model_size, backbone=backbone, use_multiscale=use_multiscale,
                               use_attention=use_attention, drop_path=self_path, dropout=self_drop)
 
-# %% ../nbs/06_model.ipynb #8d499372
+# %% ../nbs/06_model.ipynb #cea404da
 class HyperIQA(_HyperModel):
     "HyperIQA (Su et al., CVPR 2020): ResNet-50 and a hyper network on its last stage."
 
@@ -194,7 +194,7 @@ class HyperIQA(_HyperModel):
         super().__init__("resnet50", 0.0, 0.0, (1024, 512), False, False, pretrained, freeze_batchnorm)
         self.arguments = dict(method="hyperiqa")
 
-# %% ../nbs/06_model.ipynb #7fa928f8
+# %% ../nbs/06_model.ipynb #53cdb3ff
 _PUBLISHED = [
     (r"^swin\.backbone\.", "backbone.model."),
     (r"^(?:swin|res)\.lda([1-3])_pool\.0\.", lambda m: f"lda.convs.{int(m[1]) - 1}."),
@@ -218,7 +218,7 @@ def native_name(
             return re.sub(pattern, ours, key)
     return key
 
-# %% ../nbs/06_model.ipynb #7698de6f
+# %% ../nbs/06_model.ipynb #46eb8a18
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used; the message names the file and what is missing, extra or of the wrong shape."
 
@@ -245,7 +245,7 @@ def build_model(
     "A model by the name of its method."
     return HyperIQA(**arguments) if method == "hyperiqa" else SmartIQA(**arguments)
 
-# %% ../nbs/06_model.ipynb #0331f758
+# %% ../nbs/06_model.ipynb #adf44cd0
 def _read(path: Path) -> tuple[dict, dict]:
     "Tensors of a checkpoint file and the arguments in its header (empty where it has none). Code is never run."
     if not path.is_file():
@@ -299,7 +299,7 @@ def load_checkpoint(
     model.load_state_dict(state)
     return model.to(device).eval()
 
-# %% ../nbs/06_model.ipynb #ad0ab1cc
+# %% ../nbs/06_model.ipynb #925d2109
 def save_checkpoint(
     model: _HyperModel,
     path: str | Path,  # .safetensors; written whole or not at all

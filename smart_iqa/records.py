@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'MIN_SCENES', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'code_commit',
            'environment', 'summarise', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs', 'publish_run']
 
-# %% ../nbs/09_records.ipynb #46f2e1be
+# %% ../nbs/09_records.ipynb #3d77111b
 import json
 import math
 import os
@@ -23,7 +23,7 @@ from .config import MACHINE, Config, pick_device, run_id, use_bf16
 from .data import ImageSet
 from .metrics import compare, evaluate
 
-# %% ../nbs/09_records.ipynb #2fe55bec
+# %% ../nbs/09_records.ipynb #ff9fda89
 def write_whole(
     path: str | Path,
     content: str | bytes,
@@ -52,7 +52,7 @@ def write_json(path: str | Path, value):
     "Write a value as indented JSON, whole or not at all."
     write_whole(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/09_records.ipynb #edd1b346
+# %% ../nbs/09_records.ipynb #f61c90a0
 def write_lines(path: str | Path, rows: list[dict]):
     "Write a whole journal anew."
     write_whole(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
@@ -80,7 +80,7 @@ def read_lines(
                 raise ValueError(f"{path}: line {number} is not JSON; restore it, or cut the file there") from None
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #0db9e9c5
+# %% ../nbs/09_records.ipynb #432c2ef8
 PACKAGES = ("smart_iqa", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "Pillow", "scikit-learn", "papermill")
 
 
@@ -117,7 +117,7 @@ def environment(
                 platform.machine(), cores=os.cpu_count(), gpu=cuda, threads=torch.get_num_threads(),
                 packages={p: _version(p) for p in PACKAGES})
 
-# %% ../nbs/09_records.ipynb #29bf022b
+# %% ../nbs/09_records.ipynb #028c3745
 MIN_SCENES = 10  # fewer scenes than this cannot be resampled
 
 
@@ -151,7 +151,7 @@ def summarise(
                                 for k, d in parts.items() if how[k] != "nothing"}
     return result
 
-# %% ../nbs/09_records.ipynb #40ce20f4
+# %% ../nbs/09_records.ipynb #9da23505
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 
@@ -225,7 +225,7 @@ def list_runs(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #580b8def
+# %% ../nbs/09_records.ipynb #913a931c
 def publish_run(
     folder: str | Path,  # of a finished run
     to: str | Path,      # a folder for published runs; the run's folder is made in it

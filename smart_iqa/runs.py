@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunError', 'experiments', 'find_notebook', 'parameters_of', 'parse_value', 'execute']
 
-# %% ../nbs/13_runs.ipynb #556781dc
+# %% ../nbs/13_runs.ipynb #3f1230c1
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from .config import PROGRESS, Config, check_names, fingerprint, make_config
 from .data import load_set
 from .records import is_finished, read_lines, run_folder
 
-# %% ../nbs/13_runs.ipynb #71d8a6da
+# %% ../nbs/13_runs.ipynb #cebc5938
 class RunError(RuntimeError):
     "A run did not finish; the message says where and how to go on."
 
@@ -60,7 +60,7 @@ def parameters_of(
         raise ValueError(f"{path}: has no cell tagged 'parameters' (nbdev_clean strips the tag without allowed_cell_metadata_keys = tags)")
     return {name: dict(default=p["default"], help=p["help"]) for name, p in found.items()}
 
-# %% ../nbs/13_runs.ipynb #4f0eb010
+# %% ../nbs/13_runs.ipynb #8c2d3a5c
 def parse_value(text: str):
     "A value given as text: JSON, Python's True, False and None, or the text itself."
     try:
@@ -68,7 +68,7 @@ def parse_value(text: str):
     except json.JSONDecodeError:
         return text
 
-# %% ../nbs/13_runs.ipynb #f7f07459
+# %% ../nbs/13_runs.ipynb #21ee87ad
 def _line(state: dict) -> str:
     "One line about a progress state: what, how far, rate, time left."
     done, rate = state["done"], (state["done"] - state["initial"]) / max(state["seconds"], 1e-9)
@@ -121,7 +121,7 @@ class _Watcher:
                       f"PLCC {row['val_plcc'] or float('nan'):.4f}, {row['seconds']:.0f} s")
         self.epochs = max(self.epochs, len(history))
 
-# %% ../nbs/13_runs.ipynb #9233cac3
+# %% ../nbs/13_runs.ipynb #47bd103f
 def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name: str | None) -> Path:
     "The folder of a run: by configuration and data where the notebook takes a whole configuration, else by its parameters."
     names = [f for f in Config.__dataclass_fields__ if f in known]

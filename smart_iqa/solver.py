@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rates', 'make_optimizer', 'CropFeed', 'predict', 'TrainingError', 'Solver', 'make_model']
 
-# %% ../nbs/10_solver.ipynb #1566264e
+# %% ../nbs/10_solver.ipynb #a1ca51a0
 import math
 import os
 import time
@@ -24,7 +24,7 @@ from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
 from .records import append_line, read_lines, write_lines
 
-# %% ../nbs/10_solver.ipynb #aa764dce
+# %% ../nbs/10_solver.ipynb #ffc60dac
 def learning_rates(
     cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min
     step: int,             # optimizer steps done
@@ -46,7 +46,7 @@ def learning_rates(
         return cfg.lr, cfg.lr * ratio * 0.1 ** (int(epoch) // 6)
     return tuple(tiers)
 
-# %% ../nbs/10_solver.ipynb #b2f479ff
+# %% ../nbs/10_solver.ipynb #d79d214f
 def make_optimizer(
     model: nn.Module,
     cfg: Config,
@@ -57,7 +57,7 @@ def make_optimizer(
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/10_solver.ipynb #91030dfe
+# %% ../nbs/10_solver.ipynb #98b43213
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
     return np.flatnonzero((table.split == split).to_numpy())
 
@@ -102,7 +102,7 @@ class CropFeed:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(inputs)
 
-# %% ../nbs/10_solver.ipynb #e4a244a3
+# %% ../nbs/10_solver.ipynb #d90bd534
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -126,7 +126,7 @@ def predict(
     columns = dict(pred=s.mean(1), pred_std=spread, **{f"a{k + 1}": a[:, k] for k in range(4)})
     return feed.table.iloc[rows].reset_index(drop=True).assign(**columns)
 
-# %% ../nbs/10_solver.ipynb #050b9bc3
+# %% ../nbs/10_solver.ipynb #36eaf1e4
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the epoch, the step and the setting to change."
 
@@ -141,7 +141,7 @@ def _set_random_state(state: dict):
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../nbs/10_solver.ipynb #8b23c097
+# %% ../nbs/10_solver.ipynb #cdcf2091
 class Solver:
     "Fits a model on the train part of a feed, chooses the epoch on its validation part, and can be resumed."
 
@@ -266,7 +266,7 @@ class Solver:
         stopped = f"no better epoch in {cfg.patience}" if stop and self.at["epoch"] < cfg.epochs else "all epochs done"
         return dict(best_epoch=self.at["best_epoch"], stopped=stopped, seconds=sum(r["seconds"] for r in self.history))
 
-# %% ../nbs/10_solver.ipynb #b79dbeb9
+# %% ../nbs/10_solver.ipynb #35e53c1d
 def make_model(
     cfg: Config,
     mean_score: float | None = None,  # of the training pictures, for start_at_mean
