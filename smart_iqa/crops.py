@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_positions', 'Plan', 'random_plan', 'grid_plan',
            'crop_batches', 'normalise', 'jitter']
 
-# %% ../nbs/04_crops.ipynb #1fa2862c
+# %% ../nbs/04_crops.ipynb #5c0b2ba4
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from .config import cache_dir, fingerprint, track
 from .data import ImageSet, check_parts, settle
 from .images import load_image, resize
 
-# %% ../nbs/04_crops.ipynb #43190316
+# %% ../nbs/04_crops.ipynb #60626a44
 @dataclass
 class PixelCache:
     "Decoded pictures of one set at one size: `cache[i]` is (H, W, 3) uint8, a view of the mapped file."
@@ -50,7 +50,7 @@ class PixelCache:
     def sizes(self) -> np.ndarray:  # (N, 2) height, width
         return self._where[:, 1:]
 
-# %% ../nbs/04_crops.ipynb #5ac12e61
+# %% ../nbs/04_crops.ipynb #c10a0708
 def _decode(path: Path, size: int, fit: str) -> np.ndarray | str:
     "Pixels of one picture, or the reason why there are none."
     try:
@@ -74,7 +74,7 @@ def _write_pixels(paths: list[Path], images: list[str], size: int, fit: str, fil
             offset += got.size
     return rows, problems
 
-# %% ../nbs/04_crops.ipynb #e699890d
+# %% ../nbs/04_crops.ipynb #3ffb90b1
 def build_cache(
     images: ImageSet,
     size: int = 384,          # short side in pixels
@@ -103,13 +103,13 @@ def build_cache(
     index = pd.read_csv(index_path, dtype={"image": str}, keep_default_na=False)
     bad = settle([tuple(p) for p in json.loads(bad_path.read_text())], on_error, f"{images.name} in {images.root}")
     images.skipped = pd.concat([images.skipped, bad], ignore_index=True) if len(bad) else images.skipped
-    expected = [p for p in ("train", "val", "test") if (images.table.split == p).any()]
+    expected = [p for p in ("train", "val", "cal", "test") if (images.table.split == p).any()]
     images.table = images.table[~images.table.image.isin(bad.image)].reset_index(drop=True)
     if len(bad):
         check_parts(images, expected)
     return PixelCache(path, index)
 
-# %% ../nbs/04_crops.ipynb #8bb3d05f
+# %% ../nbs/04_crops.ipynb #9e967379
 def grid_shape(
     n: int,  # crops
 ) -> tuple[int, int]:  # along the shorter side, along the longer side
@@ -133,7 +133,7 @@ def grid_positions(
     y, x = np.meshgrid(along(height, rows).round(), along(width, columns).round(), indexing="ij")
     return np.stack([y.ravel(), x.ravel()], 1).astype(np.int64)
 
-# %% ../nbs/04_crops.ipynb #0eae8c9b
+# %% ../nbs/04_crops.ipynb #eb40e52b
 @dataclass
 class Plan:
     "The crops of one pass, in order: arrays of equal length."
@@ -171,7 +171,7 @@ def grid_plan(
     top, left = np.concatenate(corners).T if len(corners) else np.empty((2, 0), np.int64)
     return Plan(np.repeat(np.asarray(rows, np.int64), n), top, left, np.zeros(len(top), bool))
 
-# %% ../nbs/04_crops.ipynb #08d6a61b
+# %% ../nbs/04_crops.ipynb #8cf60ccd
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB on 0-1
 
 
@@ -208,7 +208,7 @@ def crop_batches(
     own = torch.Generator()  # else every loader draws from the global generator, and a resumed run differs from a whole one
     return DataLoader(_Batches(cache, plan, crop, batch_size, first), batch_size=None, num_workers=workers, generator=own)
 
-# %% ../nbs/04_crops.ipynb #cc12f947
+# %% ../nbs/04_crops.ipynb #629e31c2
 def normalise(
     crops: torch.Tensor,  # (B, 3, H, W) uint8
     device: torch.device | str = "cpu",

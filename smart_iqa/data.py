@@ -8,7 +8,7 @@ __all__ = ['FACTS', 'READERS', 'KONIQ_PAPER_LEAVES_OUT', 'IMAGE_COLUMNS', 'SCORE
            'read_demo', 'find_near_duplicates', 'group_pairs', 'take_groups', 'assign_splits', 'check_parts',
            'load_set', 'leaked']
 
-# %% ../nbs/03_data.ipynb #d7ce5168
+# %% ../nbs/03_data.ipynb #5d8acdaf
 import json
 import os
 import posixpath
@@ -27,7 +27,7 @@ from .config import Config, cache_dir, check_names, fingerprint, track
 from .demo import DEMO_NOTE, render_demo
 from .images import load_image
 
-# %% ../nbs/03_data.ipynb #d9fd894e
+# %% ../nbs/03_data.ipynb #039da734
 @dataclass(frozen=True)
 class SetFacts:
     "What is known about an image set without looking at it."
@@ -43,7 +43,7 @@ FACTS = {
     "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels"),
 }
 
-# %% ../nbs/03_data.ipynb #d652c274
+# %% ../nbs/03_data.ipynb #647fb8be
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -65,7 +65,7 @@ class ImageSet:
         "A hash of the table's content; it names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False, lineterminator="\n"))
 
-# %% ../nbs/03_data.ipynb #6eb0db1a
+# %% ../nbs/03_data.ipynb #5772fe32
 class DataError(ValueError):
     "Something about an image set on disk is wrong; the message names it and says how to mend it."
 
@@ -84,7 +84,7 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/03_data.ipynb #25967dc3
+# %% ../nbs/03_data.ipynb #4c5009da
 _TEXT = dict(dtype=str, keep_default_na=False)  # a reader that guesses types turns a file 007 into 7 and a file NA into nothing
 READERS = {".csv": lambda p: pd.read_csv(p, **_TEXT), ".tsv": lambda p: pd.read_csv(p, sep="\t", **_TEXT),
            ".parquet": pd.read_parquet, ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
@@ -126,7 +126,7 @@ def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
         raise DataError(f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}")
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
 
-# %% ../nbs/03_data.ipynb #bcf332df
+# %% ../nbs/03_data.ipynb #709d3b2f
 def _first(root: Path, *names: str) -> Path:
     "The first of several files or folders that exists, or a DataError that lists them."
     for name in names:
@@ -144,7 +144,7 @@ def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     return table.assign(image="Images/" + table.image.astype(str))
 
-# %% ../nbs/03_data.ipynb #0e117196
+# %% ../nbs/03_data.ipynb #3e4a3788
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
 6285698915 7574416384 80184044 121123359 213906996 3483143101 3632417985 44009500""".split()
 _KONIQ_SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -190,7 +190,7 @@ def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
         t = t[~t.name.isin([f"{n}.jpg" for n in KONIQ_PAPER_LEAVES_OUT])]
     return t.drop(columns="name")
 
-# %% ../nbs/03_data.ipynb #0b5b292e
+# %% ../nbs/03_data.ipynb #af00d0be
 IMAGE_COLUMNS = ("image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path")
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
@@ -228,7 +228,7 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
 
 _LOADERS = {"biq2021": read_biq2021, "koniq-10k": read_koniq, "csv": read_csv, "demo": read_demo}
 
-# %% ../nbs/03_data.ipynb #0eb2ca82
+# %% ../nbs/03_data.ipynb #331e014c
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
     t = raw.reset_index(drop=True).copy()
@@ -269,7 +269,7 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
     missing += [(images[i], f"is {found[i]} under another name") for i in np.flatnonzero(again)]
     return found, missing
 
-# %% ../nbs/03_data.ipynb #0d9e154c
+# %% ../nbs/03_data.ipynb #8e1a2cf8
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -314,7 +314,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/03_data.ipynb #c87ec18d
+# %% ../nbs/03_data.ipynb #8ce2fff9
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -331,10 +331,10 @@ def take_groups(
 
 def assign_splits(
     table: pd.DataFrame,  # with ref, and split where the set has an official one
-    cfg: Config,          # split, split_seed, val_fraction, test_fraction
+    cfg: Config,          # split, split_seed, val_fraction, test_fraction, cal_fraction
     groups: np.ndarray,   # rows of one group stay together
 ) -> pd.Series:
-    "train, val or test for each row. DataError when an official split is asked for that the set does not have."
+    "train, val, cal or test for each row. DataError when an official split is asked for that the set does not have."
     split = table.split.copy()
     if cfg.split == "none":  # a set that is only tested on
         return pd.Series("test", table.index)
@@ -344,13 +344,16 @@ def assign_splits(
     elif split.isna().any():
         raise DataError(f"{int(split.isna().sum())} of {len(split)} images have no official split "
                         f"(e.g. {table.image[split.isna()].iloc[0]}): add the file with the split, or use split='random'")
-    if bad := set(split) - {"train", "val", "test"}:
-        raise DataError(f"split column: {sorted(map(str, bad))} is not train, val or test")
+    if bad := set(split) - {"train", "val", "cal", "test"}:
+        raise DataError(f"split column: {sorted(map(str, bad))} is not train, val, cal or test")
     if not (split == "val").any() and (train := (split == "train").to_numpy()).any():
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.val_fraction, [cfg.split_seed, 1])]] = "val"
+    if cfg.cal_fraction and not (split == "cal").any():
+        train = (split == "train").to_numpy()
+        split[np.flatnonzero(train)[take_groups(groups[train], cfg.cal_fraction, [cfg.split_seed, 2])]] = "cal"
     return split
 
-# %% ../nbs/03_data.ipynb #94d72b20
+# %% ../nbs/03_data.ipynb #32ba522a
 def check_parts(
     found: ImageSet,
     expected=("train", "val", "test"),  # the parts that must be there
@@ -389,7 +392,7 @@ def load_set(
         found.duplicates = _name_pairs(pairs, table)
     if cfg.limit:
         found.table = table.groupby("split", sort=False).head(cfg.limit).reset_index(drop=True)
-    check_parts(found, ("test",) if cfg.split == "none" else ("train", "val", "test"))
+    check_parts(found, ("test",) if cfg.split == "none" else ("train", "val", "test") + ("cal",) * bool(cfg.cal_fraction))
     return found
 
 
@@ -418,7 +421,7 @@ def _name_pairs(pairs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 def leaked(
     found: ImageSet,  # with `duplicates` looked for
 ) -> set[str]:
-    "Test images that have a near-duplicate among the training or validation images."
+    "Test images that have a near-duplicate among the images that a model was made with (training, validation, calibration)."
     d = found.duplicates
     if d is None:
         return set()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'ridge_baseline']
 
-# %% ../nbs/11_frozen.ipynb #286b079e
+# %% ../nbs/11_frozen.ipynb #93c1c16b
 import hashlib
 import os
 
@@ -22,7 +22,7 @@ from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
-# %% ../nbs/11_frozen.ipynb #eaffb4b3
+# %% ../nbs/11_frozen.ipynb #9bc9d14c
 def weights_digest(model: nn.Module) -> str:
     "A fingerprint of all weights and statistics of a model."
     digest = hashlib.blake2b(digest_size=8)
@@ -65,7 +65,7 @@ def compute_features(
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/11_frozen.ipynb #aad47c77
+# %% ../nbs/11_frozen.ipynb #3a687df8
 class FrozenFeed(CropFeed):
     "Precomputed features of fixed training crops and of the test grid, in place of crops."
 
@@ -109,7 +109,7 @@ class FrozenFeed(CropFeed):
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
         return model.head(inputs)
 
-# %% ../nbs/11_frozen.ipynb #5b6787fb
+# %% ../nbs/11_frozen.ipynb #e66a7171
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 

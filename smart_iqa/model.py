@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LDA_CHANNELS', 'LDA_GRIDS', 'LDA_OUT', 'GRID', 'HYPER', 'TARGET', 'DROPS', 'LocalDistortion', 'Gate', 'HyperNet',
-           'target_net', 'SmartIQA', 'HyperIQA', 'native_name', 'CheckpointError', 'build_model', 'load_checkpoint',
-           'save_checkpoint']
+           'PlainNet', 'target_net', 'SmartIQA', 'HyperIQA', 'native_name', 'CheckpointError', 'build_model',
+           'load_checkpoint', 'save_checkpoint']
 
-# %% ../nbs/06_model.ipynb #393b7478
+# %% ../nbs/06_model.ipynb #f82724b9
 import json
 import os
 import pickle
@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .backbones import Backbone, load_backbone_weights
+from .backbones import Backbone, freeze_norms, load_backbone_weights
 
-# %% ../nbs/06_model.ipynb #bdc8c830
+# %% ../nbs/06_model.ipynb #e444945d
 LDA_CHANNELS, LDA_GRIDS, LDA_OUT = (16, 32, 64), (8, 4, 2, 1), (16, 16, 16, 176)
 GRID = 7          # the hyper network's maps are 7 x 7
 HYPER = 112       # channels from which it writes the weights
@@ -42,7 +42,7 @@ class LocalDistortion(nn.Module):
         maps = [conv(p) for conv, p in zip(self.convs, pooled)] + [pooled[3]]
         return torch.cat([linear(m.flatten(1)) for linear, m in zip(self.linears, maps)], 1)
 
-# %% ../nbs/06_model.ipynb #5806aa24
+# %% ../nbs/06_model.ipynb #2b0a0b62
 class Gate(nn.Module):
     "Channel attention over the stages: pooled last stage (B, C) to weights (B, 4) that sum to one."
 
@@ -56,15 +56,20 @@ class Gate(nn.Module):
     def forward(self, last: torch.Tensor) -> torch.Tensor:
         return self.net(last).softmax(1)
 
-# %% ../nbs/06_model.ipynb #2e8b51c0
+# %% ../nbs/06_model.ipynb #001fccde
+def _stem(channels: int, stem: tuple[int, ...], dropout: float) -> nn.Sequential:
+    "Content maps (B, C, 7, 7) to (B, 112, 7, 7)."
+    widths = (channels, *stem, HYPER)
+    layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Conv2d(i, o, 1), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Dropout(dropout))
+
+
 class HyperNet(nn.Module):
     "Content maps (B, C, 7, 7) to the weights and biases of a target network, one for each crop."
 
     def __init__(self, channels: int, stem: tuple[int, ...] = (512, 256), dropout: float = 0.0):
         super().__init__()
-        widths = (channels, *stem, HYPER)
-        layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Conv2d(i, o, 1), nn.ReLU())]
-        self.stem = nn.Sequential(*layers, nn.Dropout(dropout))
+        self.stem = _stem(channels, stem, dropout)
         sizes = list(zip(TARGET[:-2], TARGET[1:-1]))
         self.weights = nn.ModuleList(nn.Conv2d(HYPER, i * o // GRID**2, 3, padding=1) for i, o in sizes)
         self.biases = nn.ModuleList(nn.Linear(HYPER, o) for o in TARGET[1:])
@@ -79,7 +84,30 @@ class HyperNet(nn.Module):
         weights = [*(conv(h) for conv in self.weights), self.last_weight(flat)]
         return [(w.reshape(-1, o, i), bias(flat)) for (i, o), w, bias in zip(shapes, weights, self.biases)]
 
-# %% ../nbs/06_model.ipynb #7156c091
+    @property
+    def last_bias(self) -> nn.Parameter:
+        return self.biases[-1].bias
+
+# %% ../nbs/06_model.ipynb #41c66455
+class PlainNet(nn.Module):
+    "As `HyperNet`, but the weights are the same for all crops: a plain regressor on distortion vector and content."
+
+    def __init__(self, channels: int, stem: tuple[int, ...] = (512, 256), dropout: float = 0.0):
+        super().__init__()
+        self.stem = _stem(channels, stem, dropout)
+        self.content = nn.Linear(HYPER, TARGET[1], bias=False)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(TARGET, TARGET[1:]))
+
+    def forward(self, content: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:  # (B,out,in), (B,out)
+        c = self.content(self.stem(content).mean((2, 3)))
+        layers = [(m.weight.expand(len(c), -1, -1), m.bias.expand(len(c), -1)) for m in self.layers]
+        return [(layers[0][0], layers[0][1] + c), *layers[1:]]
+
+    @property
+    def last_bias(self) -> nn.Parameter:
+        return self.layers[-1].bias
+
+# %% ../nbs/06_model.ipynb #c9f35163
 def target_net(
     v: torch.Tensor,   # (B, 224) local distortion vectors
     layers: list[tuple[torch.Tensor, torch.Tensor]],  # (B, out, in) weights and (B, out) biases
@@ -94,12 +122,12 @@ def target_net(
         h = F.dropout(h, dropout, training) if k < 3 else h
     return h.flatten()
 
-# %% ../nbs/06_model.ipynb #91e414ff
+# %% ../nbs/06_model.ipynb #d65d55cd
 class _HyperModel(nn.Module):
     "What SmartIQA and HyperIQA share: backbone, pooling, heads, and the names of published checkpoints."
 
     def __init__(self, backbone: str, drop_path: float, dropout: float, stem: tuple[int, ...],
-                 use_multiscale: bool, use_attention: bool, pretrained, freeze_batchnorm: bool):
+                 use_multiscale: bool, use_attention: bool, pretrained, freeze_batchnorm: bool, head: str = "hyper"):
         super().__init__()
         self.backbone = Backbone(backbone, drop_path)
         c = self.backbone.channels
@@ -107,11 +135,14 @@ class _HyperModel(nn.Module):
         self.dropout, self.freeze_batchnorm = dropout, freeze_batchnorm
         self.lda = LocalDistortion(c)
         self.gate = Gate(c[3]) if use_attention else None
-        self.hyper = HyperNet(sum(c) if use_multiscale else c[3], stem, dropout)
+        net = {"hyper": HyperNet, "plain": PlainNet}[head]
+        self.hyper = net(sum(c) if use_multiscale else c[3], stem, dropout)
         self.last_attention_weights: torch.Tensor | None = None  # (B, 4) of the last forward pass
         for layer in (*self.lda.convs, *self.lda.linears):
             nn.init.kaiming_normal_(layer.weight)
         self.weights_from = load_backbone_weights(self.backbone, pretrained)
+        if freeze_batchnorm:
+            freeze_norms(self.backbone)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         "Crops (B, 3, H, W), ImageNet-normalised, to four maps."
@@ -133,6 +164,11 @@ class _HyperModel(nn.Module):
                 content = [m * weights[:, k].view(-1, 1, 1, 1) for k, m in enumerate(content)]
             return target_net(self.lda(local), self.hyper(torch.cat(content, 1)), self.dropout, self.training)
 
+    def shift_scores(self, by: float):
+        "Add a constant to every score, e.g. the mean of the training scores to a fresh head's."
+        with torch.no_grad():
+            self.hyper.last_bias.add_(by)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Crops (B, 3, H, W), ImageNet-normalised, to scores (B,); higher is better, 0-100 after training."
         return self.head(self.pool(self.features(x)))
@@ -153,7 +189,7 @@ class _HyperModel(nn.Module):
         "As torch's; the key names of published checkpoints are understood too."
         return super().load_state_dict({native_name(k): v for k, v in state_dict.items()}, strict, assign)
 
-# %% ../nbs/06_model.ipynb #795ea1e2
+# %% ../nbs/06_model.ipynb #c87bbcd2
 DROPS = {"tiny": (0.2, 0.3), "small": (0.25, 0.35), "base": (0.3, 0.4), "lite": (0.0, 0.1)}  # drop path, dropout
 
 
@@ -170,6 +206,7 @@ class SmartIQA(_HyperModel):
         drop_path: float | None = None,  # stochastic depth; None: as published for the size
         dropout: float | None = None,  # in the heads; None: as published for the size
         freeze_batchnorm: bool = False,  # keep running statistics as they are
+        head: str = "hyper",           # "hyper": a target network for each crop; "plain": one regressor for all
     ):
         if use_attention and not use_multiscale:
             raise ValueError("use_attention=True weighs four stages and use_multiscale=False leaves one: switch attention off too")
@@ -178,11 +215,11 @@ class SmartIQA(_HyperModel):
         path, drop = DROPS.get(model_size if backbone is None else "lite")
         self_path, self_drop = path if drop_path is None else drop_path, drop if dropout is None else dropout
         super().__init__(backbone or model_size, self_path, self_drop, (512, 256), use_multiscale, use_attention,
-                         pretrained, freeze_batchnorm)
+                         pretrained, freeze_batchnorm, head)
         self.arguments = dict(method="smart", model_size=model_size, backbone=backbone, use_multiscale=use_multiscale,
-                              use_attention=use_attention, drop_path=self_path, dropout=self_drop)
+                              use_attention=use_attention, drop_path=self_path, dropout=self_drop, head=head)
 
-# %% ../nbs/06_model.ipynb #cea404da
+# %% ../nbs/06_model.ipynb #3403d28a
 class HyperIQA(_HyperModel):
     "HyperIQA (Su et al., CVPR 2020): ResNet-50 and a hyper network on its last stage."
 
@@ -194,7 +231,7 @@ class HyperIQA(_HyperModel):
         super().__init__("resnet50", 0.0, 0.0, (1024, 512), False, False, pretrained, freeze_batchnorm)
         self.arguments = dict(method="hyperiqa")
 
-# %% ../nbs/06_model.ipynb #53cdb3ff
+# %% ../nbs/06_model.ipynb #1f924d11
 _PUBLISHED = [
     (r"^swin\.backbone\.", "backbone.model."),
     (r"^(?:swin|res)\.lda([1-3])_pool\.0\.", lambda m: f"lda.convs.{int(m[1]) - 1}."),
@@ -218,7 +255,7 @@ def native_name(
             return re.sub(pattern, ours, key)
     return key
 
-# %% ../nbs/06_model.ipynb #46eb8a18
+# %% ../nbs/06_model.ipynb #0c6ded09
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used; the message names the file and what is missing, extra or of the wrong shape."
 
@@ -245,7 +282,7 @@ def build_model(
     "A model by the name of its method."
     return HyperIQA(**arguments) if method == "hyperiqa" else SmartIQA(**arguments)
 
-# %% ../nbs/06_model.ipynb #adf44cd0
+# %% ../nbs/06_model.ipynb #357dfa51
 def _read(path: Path) -> tuple[dict, dict]:
     "Tensors of a checkpoint file and the arguments in its header (empty where it has none). Code is never run."
     if not path.is_file():
@@ -299,7 +336,7 @@ def load_checkpoint(
     model.load_state_dict(state)
     return model.to(device).eval()
 
-# %% ../nbs/06_model.ipynb #925d2109
+# %% ../nbs/06_model.ipynb #a7b1c348
 def save_checkpoint(
     model: _HyperModel,
     path: str | Path,  # .safetensors; written whole or not at all
