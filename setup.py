@@ -25,7 +25,7 @@ setup(
     license="MIT",
     packages=[*find_packages(include=[lib, f"{lib}.*"]), f"{lib}.experiments"],
     package_dir={f"{lib}.experiments": "nbs/experiments"},
-    package_data={f"{lib}.experiments": ["*.ipynb"], lib: ["data_files/*"]},
+    package_data={f"{lib}.experiments": ["*.ipynb"], lib: ["data_files/*", "weights/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
