@@ -6,9 +6,9 @@
 __all__ = ['FACTS', 'READERS', 'KONIQ_PAPER_LEAVES_OUT', 'IMAGE_COLUMNS', 'SCORE_COLUMNS', 'HASH_BITS', 'THUMB_CORRELATION',
            'SetFacts', 'ImageSet', 'DataError', 'settle', 'read_labels', 'read_biq2021', 'read_koniq', 'read_csv',
            'read_demo', 'find_near_duplicates', 'group_pairs', 'take_groups', 'assign_splits', 'check_parts',
-           'load_set', 'leaked']
+           'load_set', 'duplicate_groups', 'leaked']
 
-# %% ../nbs/03_data.ipynb #5d8acdaf
+# %% ../nbs/03_data.ipynb #d20846b1
 import json
 import os
 import posixpath
@@ -27,23 +27,24 @@ from .config import Config, cache_dir, check_names, fingerprint, track
 from .demo import DEMO_NOTE, render_demo
 from .images import load_image
 
-# %% ../nbs/03_data.ipynb #039da734
+# %% ../nbs/03_data.ipynb #1ba0de37
 @dataclass(frozen=True)
 class SetFacts:
     "What is known about an image set without looking at it."
     scale: tuple[float, float]  # the declared label of the worst and of the best quality
     images: int | None          # published number of images
     source: str                 # where it is described
+    terms: str = ""             # what its makers allow, in their words where they are short
 
 
 FACTS = {
     "koniq-10k": SetFacts((0, 100), 10073, "Hosu et al., IEEE TIP 29, 2020"),
-    "biq2021": SetFacts((0, 1), 12000, "Ahmed and Asif, BIQ2021, J. Electronic Imaging 31(5), 2022"),
-    "demo": SetFacts((0, 100), None, DEMO_NOTE),
-    "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels"),
+    "biq2021": SetFacts((0, 1), 12000, "Ahmed and Asif, BIQ2021, J. Electronic Imaging 31(5), 2022", "freely available for use and benchmarking"),
+    "demo": SetFacts((0, 100), None, DEMO_NOTE, "as each photograph's package says"),
+    "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels", "the user's"),
 }
 
-# %% ../nbs/03_data.ipynb #647fb8be
+# %% ../nbs/03_data.ipynb #cd91d51a
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -65,7 +66,7 @@ class ImageSet:
         "A hash of the table's content; it names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False, lineterminator="\n"))
 
-# %% ../nbs/03_data.ipynb #5772fe32
+# %% ../nbs/03_data.ipynb #43ed3e0e
 class DataError(ValueError):
     "Something about an image set on disk is wrong; the message names it and says how to mend it."
 
@@ -84,7 +85,7 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/03_data.ipynb #4c5009da
+# %% ../nbs/03_data.ipynb #bb75d94a
 _TEXT = dict(dtype=str, keep_default_na=False)  # a reader that guesses types turns a file 007 into 7 and a file NA into nothing
 READERS = {".csv": lambda p: pd.read_csv(p, **_TEXT), ".tsv": lambda p: pd.read_csv(p, sep="\t", **_TEXT),
            ".parquet": pd.read_parquet, ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
@@ -126,7 +127,7 @@ def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
         raise DataError(f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}")
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
 
-# %% ../nbs/03_data.ipynb #709d3b2f
+# %% ../nbs/03_data.ipynb #b94cc464
 def _first(root: Path, *names: str) -> Path:
     "The first of several files or folders that exists, or a DataError that lists them."
     for name in names:
@@ -144,7 +145,7 @@ def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     return table.assign(image="Images/" + table.image.astype(str))
 
-# %% ../nbs/03_data.ipynb #3e4a3788
+# %% ../nbs/03_data.ipynb #04c75ef0
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
 6285698915 7574416384 80184044 121123359 213906996 3483143101 3632417985 44009500""".split()
 _KONIQ_SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -190,7 +191,7 @@ def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
         t = t[~t.name.isin([f"{n}.jpg" for n in KONIQ_PAPER_LEAVES_OUT])]
     return t.drop(columns="name")
 
-# %% ../nbs/03_data.ipynb #af00d0be
+# %% ../nbs/03_data.ipynb #c8c71958
 IMAGE_COLUMNS = ("image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path")
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
@@ -228,7 +229,7 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
 
 _LOADERS = {"biq2021": read_biq2021, "koniq-10k": read_koniq, "csv": read_csv, "demo": read_demo}
 
-# %% ../nbs/03_data.ipynb #331e014c
+# %% ../nbs/03_data.ipynb #ce9c3976
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
     t = raw.reset_index(drop=True).copy()
@@ -269,7 +270,7 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
     missing += [(images[i], f"is {found[i]} under another name") for i in np.flatnonzero(again)]
     return found, missing
 
-# %% ../nbs/03_data.ipynb #8e1a2cf8
+# %% ../nbs/03_data.ipynb #9b02c4ab
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -314,7 +315,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/03_data.ipynb #8ce2fff9
+# %% ../nbs/03_data.ipynb #8ffaaa78
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -353,7 +354,7 @@ def assign_splits(
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.cal_fraction, [cfg.split_seed, 2])]] = "cal"
     return split
 
-# %% ../nbs/03_data.ipynb #32ba522a
+# %% ../nbs/03_data.ipynb #b5c7d996
 def check_parts(
     found: ImageSet,
     expected=("train", "val", "test"),  # the parts that must be there
@@ -406,6 +407,18 @@ def _duplicates(found: ImageSet, cfg: Config, progress: bool) -> pd.DataFrame:
         pairs.to_csv(temporary := f"{memo}.{os.getpid()}.tmp", index=False)
         os.replace(temporary, memo)
     return pd.read_csv(memo)
+
+
+def duplicate_groups(
+    found: ImageSet,
+) -> np.ndarray:  # one group number a row of its table
+    "Rows that must stay on one side of any split: of one scene, or near-duplicates where they were looked for."
+    row = pd.Series(np.arange(len(found.table)), found.table.image)
+    pairs = pd.DataFrame(dict(a=[], b=[]), dtype=int)
+    if (d := found.duplicates) is not None:
+        d = d[d.image_a.isin(row.index) & d.image_b.isin(row.index)]
+        pairs = pd.DataFrame(dict(a=row[d.image_a].to_numpy(), b=row[d.image_b].to_numpy()))
+    return group_pairs(found.table.ref, pairs)
 
 
 def _name_pairs(pairs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'MARKERS', 'PALETTE', 'STAGES', 'BASELINE', 'PARTS', 'COLUMNS', 'style', 'save', 'training_curves', 'scatter',
-           'attention_table', 'attention_by_decile', 'measured_table', 'results_table', 'markdown', 'published_table',
-           'against_published']
+           'attention_table', 'attention_by_decile', 'measured_table', 'results_table', 'markdown', 'arms_forest',
+           'ladder', 'published_table', 'against_published']
 
-# %% ../nbs/12_figures.ipynb #648c0327
+# %% ../nbs/12_figures.ipynb #6ba222c2
 import io
 import os
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from scipy import stats
 
 from .metrics import fit_logistic
 
-# %% ../nbs/12_figures.ipynb #af719822
+# %% ../nbs/12_figures.ipynb #459e6d23
 WIDTH = 7.0  # inches: the text width of a two-column page
 MARKERS = "os^D"
 PALETTE = sns.color_palette("colorblind")  # named colours such as "C1" would be resolved at drawing, outside the style
@@ -43,7 +43,7 @@ def _figure(rows=1, cols=1, height=2.4, width=WIDTH, **kwargs):
     plt.close(fig)
     return fig, axes
 
-# %% ../nbs/12_figures.ipynb #471ec901
+# %% ../nbs/12_figures.ipynb #d32affd7
 def save(
     fig: plt.Figure,  # what to write
     path,             # path without suffix; folders are made
@@ -61,14 +61,14 @@ def save(
         written.append(out)
     return written
 
-# %% ../nbs/12_figures.ipynb #ca62a465
+# %% ../nbs/12_figures.ipynb #5c59694a
 def _need(frame: pd.DataFrame, columns, what: str):
     "ValueError that names the missing columns, or says that the frame is empty."
     if missing := [c for c in columns if c not in frame]:
         raise ValueError(f"{what} lacks column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     if not len(frame): raise ValueError(f"{what} has no rows: nothing to draw")
 
-# %% ../nbs/12_figures.ipynb #d89c45bd
+# %% ../nbs/12_figures.ipynb #4e6a4367
 def training_curves(
     history: pd.DataFrame,    # epoch (from 1), train_loss, val_srcc, val_plcc, lr_backbone, lr_head, seconds (optional)
     best_epoch: int | None = None,   # the epoch that was kept; None: the one of the highest val_srcc
@@ -91,7 +91,7 @@ def training_curves(
         for ax in axes[1:]: ax.legend()
     return fig
 
-# %% ../nbs/12_figures.ipynb #e3a15e08
+# %% ../nbs/12_figures.ipynb #5c333d10
 def _lines(ax, h, columns):
     "One line a column against the epoch; where a log axis follows, zeros are left out."
     names = {"val_srcc": "SRCC", "val_plcc": "PLCC", "lr_backbone": "backbone", "lr_head": "new parts"}
@@ -107,7 +107,7 @@ def _mark_best(ax, h, best_epoch):
     srcc = h.val_srcc[h.epoch == best_epoch].iloc[0]
     ax.set_title(f"kept: epoch {best_epoch}" + (f", SRCC {srcc:.3f}" if np.isfinite(srcc) else ""))
 
-# %% ../nbs/12_figures.ipynb #ba634b87
+# %% ../nbs/12_figures.ipynb #eafe3786
 def scatter(
     predictions: pd.DataFrame,  # score (0-100), pred, optionally pred_std; rows with NaN in the first two are left out
     metrics: dict | None = None,       # as from metrics.evaluate: n, srcc, srcc_low, srcc_high, plcc, plcc_low, plcc_high of the same rows; None: only n is written
@@ -128,7 +128,7 @@ def scatter(
         ax.legend(loc="lower right", fontsize="small")
     return fig
 
-# %% ../nbs/12_figures.ipynb #9b437a67
+# %% ../nbs/12_figures.ipynb #4a4680aa
 def _points(ax, p):
     "Points with light bars of pred_std; many points become pixels inside the vector file."
     big, low, high = len(p) > 1000, min(p.pred.min(), p.score.min()), max(p.pred.max(), p.score.max())
@@ -147,7 +147,7 @@ def _caption(n: int, m: dict) -> str:
     "Lines for the corner: n, then each measure with its 95 % interval."
     return "\n".join([f"n = {n}", *(f"{k.upper()} {_interval(m, k)}" for k in ("srcc", "plcc") if m and k in m)])
 
-# %% ../nbs/12_figures.ipynb #9500af32
+# %% ../nbs/12_figures.ipynb #3940db9e
 def _interval(m: dict, key: str, digits: int = 3) -> str:
     "'0.855 [0.840, 0.870]'; without the interval where there is none; '' where there is no value."
     value, low, high = (m.get(k) for k in (key, f"{key}_low", f"{key}_high"))
@@ -155,7 +155,7 @@ def _interval(m: dict, key: str, digits: int = 3) -> str:
     text = f"{value:.{digits}f}"
     return text if low is None or high is None or pd.isna(low) or pd.isna(high) else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
-# %% ../nbs/12_figures.ipynb #d933aded
+# %% ../nbs/12_figures.ipynb #540dd70a
 STAGES = ("a1", "a2", "a3", "a4")
 
 def _mean_interval(x: np.ndarray) -> tuple:
@@ -164,7 +164,7 @@ def _mean_interval(x: np.ndarray) -> tuple:
     if len(x) < 2: return (x.mean() if len(x) else np.nan), np.nan
     return x.mean(), stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
 
-# %% ../nbs/12_figures.ipynb #3f2a2196
+# %% ../nbs/12_figures.ipynb #cef9186f
 def attention_table(
     predictions: pd.DataFrame,  # score (0-100), a1..a4 (weights of stages 1..4)
 ) -> pd.DataFrame:              # a row a bin of true score: decile (from 1, worst), n, score, then a1..a4 and entropy (bits) with *_half
@@ -184,7 +184,7 @@ def attention_table(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/12_figures.ipynb #adcb3787
+# %% ../nbs/12_figures.ipynb #3979f3ca
 def attention_by_decile(
     predictions: pd.DataFrame,  # score (0-100), a1..a4
     title: str | None = None,          # e.g. "koniq-10k, test"
@@ -206,7 +206,7 @@ def attention_by_decile(
 
 def _bins(k: int) -> str: return "decile" if k == 10 else "bin"
 
-# %% ../nbs/12_figures.ipynb #01995b25
+# %% ../nbs/12_figures.ipynb #e2619489
 BASELINE = "ridge on frozen features"
 PARTS = ("val", "test", "test_clean")
 
@@ -228,7 +228,7 @@ def measured_table(
     frame = pd.DataFrame(rows, columns=None if rows else ["run_id", "method", "dataset", "seed", "part", "n", "note"])
     return frame.sort_values("part", key=lambda s: s.map(order).fillna(len(order)), kind="stable", ignore_index=True) if rows else frame
 
-# %% ../nbs/12_figures.ipynb #9e4afcfb
+# %% ../nbs/12_figures.ipynb #2e14106b
 COLUMNS = {"srcc": ("SRCC", 3), "plcc": ("PLCC", 3), "plcc_fitted": ("PLCC after fit", 3), "krcc": ("KRCC", 3), "rmse": ("RMSE", 2), "rmse_fitted": ("RMSE after fit", 2)}
 
 def _difference(row) -> str:
@@ -251,14 +251,56 @@ def results_table(
     if m.note.notna().any(): table["note"] = m.note.fillna("")
     return table
 
-# %% ../nbs/12_figures.ipynb #c9ee472a
+# %% ../nbs/12_figures.ipynb #a9b0c48c
 def markdown(
     frame: pd.DataFrame,  # any table
 ) -> str:                 # GitHub pipe table, values as they stand
     "A frame as Markdown, without its index; strings are not taken for numbers."
     return frame.astype(object).where(frame.notna(), "").to_markdown(index=False, disable_numparse=True)
 
-# %% ../nbs/12_figures.ipynb #988abea0
+# %% ../nbs/12_figures.ipynb #6e900428
+def arms_forest(
+    compared: pd.DataFrame,  # of `compare_arms`: arm, diff, low, high, p_holm
+    title: str = "",
+) -> plt.Figure:
+    "Paired differences of validation SRCC, an arm a line; filled where the corrected p-value is below .05."
+    _need(compared, ["arm", "diff", "low", "high", "p_holm"], "comparison")
+    c = compared.dropna(subset=["diff"]).sort_values("diff")
+    _need(c, [], "comparison without its control")
+    with style():
+        fig, ax = _figure(height=0.8 + 0.28 * len(c), width=WIDTH * 0.75)
+        ax.axvline(0, color="0.4", lw=0.8)
+        for y, r in enumerate(c.itertuples()):
+            ax.plot([r.low, r.high], [y, y], color=PALETTE[0], lw=1.5)
+            ax.plot(r.diff, y, "o", color=PALETTE[0], mfc=PALETTE[0] if r.p_holm < 0.05 else "white")
+        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel="SRCC on validation, minus the control's (95 % interval)", title=title)
+        ax.set_ylim(-0.6, len(c) - 0.4)
+        ax.grid(axis="y", visible=False)
+    return fig
+
+# %% ../nbs/12_figures.ipynb #ea7e8ee6
+def ladder(
+    damaged: pd.DataFrame,  # photo, kind, level (0: undamaged), score (0-100)
+) -> plt.Figure:
+    "Scores of photographs that are damaged more and more."
+    _need(damaged, ["photo", "kind", "level", "score"], "ladders")
+    kinds = list(dict.fromkeys(damaged.kind))
+    columns = min(4, len(kinds))
+    with style():
+        fig, axes = _figure(-(-len(kinds) // columns), columns, height=1.6 * -(-len(kinds) // columns), sharex=True, sharey=True, squeeze=False)
+        for ax, kind in zip(axes.flat, kinds):
+            part = damaged[damaged.kind == kind]
+            for _, one in part.groupby("photo"):
+                ax.plot(one.level, one.score, color="0.75", lw=0.8)
+            ax.plot(part.groupby("level").score.mean(), "k.-", lw=1.4)
+            ax.set_title(f"{kind}, n = {part.photo.nunique()}")
+        for ax in list(axes.flat)[len(kinds):]:
+            ax.set_visible(False)
+        fig.supxlabel("level of damage (0: none)", fontsize="medium")
+        fig.supylabel("score (0-100)", fontsize="medium")
+    return fig
+
+# %% ../nbs/12_figures.ipynb #ba46c4c3
 _PUBLISHED = ["table", "method", "dataset", "srcc", "plcc", "trained_on", "protocol", "source"]
 
 def published_table(
@@ -277,7 +319,7 @@ def published_table(
     if tables is not None: p = p[p.table.isin(tables)]
     return p.reset_index(drop=True)
 
-# %% ../nbs/12_figures.ipynb #82ec73fc
+# %% ../nbs/12_figures.ipynb #f2f11e20
 def against_published(
     measured: pd.DataFrame,          # as from `measured_table`: method, dataset, part, n, srcc, srcc_low, srcc_high, ...
     dataset: str = "koniq-10k",      # the set to show
@@ -301,7 +343,7 @@ def against_published(
         b.set(title=f"measured here, {part} part, 95 % intervals", xlabel=f"{metric.upper()} on {dataset}")
     return fig
 
-# %% ../nbs/12_figures.ipynb #176151b0
+# %% ../nbs/12_figures.ipynb #838cc291
 def _measured_label(r: dict) -> str:
     seed = "" if r.get("seed") is None or pd.isna(r["seed"]) else f", seed {r['seed']:g}" if isinstance(r["seed"], (int, float)) else f", seed {r['seed']}"
     return f"{r['method']}  (n = {r['n']:g}{seed})"

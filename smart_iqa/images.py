@@ -5,59 +5,148 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ImageError', 'to_rgb', 'load_image', 'resized_size', 'resize']
 
-# %% ../nbs/01_images.ipynb #bb32c526
+# %% ../nbs/01_images.ipynb #92a46760
+import io
+import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-# %% ../nbs/01_images.ipynb #ab04324a
+# %% ../nbs/01_images.ipynb #0811e494
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file and the reason."
 
 
-def _to_8bit(img: Image.Image) -> Image.Image:
-    "Grey pictures with 16, 32 or floating-point bits as 8-bit grey, by their declared range."
-    a = np.asarray(img).astype(np.float64)
+def _to_8bit(img: Image.Image, tags) -> Image.Image:  # tags: of a TIFF, else empty
+    "Grey pictures with 12, 16, 32 or floating-point bits as 8-bit grey, by their declared range."
+    a = np.asarray(img)
     if not np.isfinite(a).all():
         raise ImageError("has pixels that are not numbers")
-    if img.mode == "F":                     # floating point: 0-1 by convention, else 0-255
-        a = a * 255 if a.max(initial=0) <= 1 else a
-    else:                                   # "I;16" and "I": 16-bit samples
-        a = a / 257
-    return Image.fromarray(np.clip(a.round(), 0, 255).astype(np.uint8))
+    if img.mode == "F":
+        white = 1 if a.max() <= 1.001 else 255
+    else:
+        white = 4095 if tags.get(258) == (12,) else 65535
+    if a.min() < -0.001 * white or a.max() > 1.001 * white:
+        raise ImageError(f"has pixels between {a.min():g} and {a.max():g}, and nothing says which is white: store it with 8 or 16 bits")
+    grey = (a * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8)
+    grey = 255 - grey if tags.get(262) == 0 else grey
+    if isinstance(key := img.info.get("transparency"), int):  # a PNG's transparent grey
+        grey[a == key] = 255
+    return Image.fromarray(grey)
+
+# %% ../nbs/01_images.ipynb #5b59d51e
+def _inks_to_rgb(img: Image.Image) -> Image.Image:
+    "CMYK as sRGB, by its own profile where it has a sound one."
+    with suppress(ImageCms.PyCMSError, OSError, ValueError, ImportError):  # ImportError: a Pillow without LittleCMS
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info.get("icc_profile") or b""))
+        return ImageCms.profileToProfile(img, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return img.convert("RGB")
+
+# %% ../nbs/01_images.ipynb #32352fcd
+_UPRIGHT = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
+
+
+def _upright(img: Image.Image) -> Image.Image:
+    "Turned as its EXIF tag 274 wants it."
+    try:
+        turn = _UPRIGHT.get(img.getexif().get(274))
+    except Exception:  # many kinds; whatever it is, it is not in the pixels
+        turn = None
+    return img if turn is None else img.transpose(turn)
 
 
 def to_rgb(
-    img: Image.Image,  # any mode that Pillow opens
+    img: Image.Image,  # any mode that Pillow opens; of an animation, the frame it stands at
 ) -> Image.Image:
-    "8-bit RGB, upright by its EXIF tag, transparency laid over white; 16-bit scaled, not clipped."
-    img = ImageOps.exif_transpose(img)
+    "8-bit RGB, upright by its EXIF tag, transparency laid over white; 16-bit scaled, not clipped; CMYK by its profile."
+    if 0 in img.size:
+        raise ImageError("has no pixels")
+    img.load()
+    tags, img = getattr(img, "tag_v2", {}), _upright(img)
     if img.mode in ("I", "F") or img.mode.startswith("I;16"):
-        img = _to_8bit(img)
+        return _to_8bit(img, tags).convert("RGB")
+    if img.mode == "CMYK":
+        return _inks_to_rgb(img)
     if img.has_transparency_data:
-        img = img.convert("RGBA")
+        img = img.convert({"La": "LA"}.get(img.mode, "RGBA")).convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
     return img.convert("RGB")
 
-# %% ../nbs/01_images.ipynb #136b12e8
+# %% ../nbs/01_images.ipynb #9d595208
+def _check_file(path):
+    "ImageError for what is no file: opening a pipe or a device might never return."
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        raise ImageError(f"{kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+
+
+def _check_opened(img: Image.Image):
+    "ImageError for what Pillow opens and what is not the picture."
+    tags, limit = getattr(img, "tag_v2", {}), Image.MAX_IMAGE_PIXELS
+    if img.format in ("EPS", "WMF"):
+        raise ImageError("a drawing, which has no pixels of its own: export it as PNG")
+    if tags.get(254) == 1 or 50706 in tags:  # "reduced resolution" page; DNG
+        raise ImageError("begins with a thumbnail, as a camera's raw files do: develop it to JPEG or TIFF first")
+    if limit and img.width * img.height > limit:  # Pillow itself only warns until twice as many
+        raise Image.DecompressionBombError(f"{img.width} x {img.height}")
+
+# %% ../nbs/01_images.ipynb #1fdc9f03
+def _unknown(path) -> str:
+    "What a file is that Pillow cannot identify, and the mend."
+    with open(path, "rb") as f:
+        head = f.read(1024)
+    if not head:
+        return "the file is empty"
+    if head[4:8] == b"ftyp":
+        heic = head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+        return "HEIC needs one more package: pip install pillow-heif" if heic else "a video, or a kind of picture that this Pillow was built without"
+    if b"<svg" in head:
+        return "SVG, a drawing, which has no pixels of its own: export it as PNG"
+    return "damaged, or no picture that Pillow knows" if b"\0" in head else "text, no picture"
+
+
+def _open(path) -> Image.Image:
+    "Image.open that knows HEIC where pillow-heif is installed."
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        if not (reason := _unknown(path)).startswith("HEIC"):
+            raise ImageError(reason) from None
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ImageError(reason) from None
+        register_heif_opener()
+        return Image.open(path)
+
+# %% ../nbs/01_images.ipynb #377582a2
 def load_image(
-    path: str | Path,  # a picture file; of an animation, the first frame
+    path: str | Path,         # a picture file; of an animation, the first frame
+    draft: int | None = None, # for a thumbnail: a JPEG may come smaller, as long as no side is below this
 ) -> Image.Image:
     "Decode a file to RGB. ImageError names the file: missing, truncated, no picture, or too large to be one."
     try:
-        with Image.open(path) as img:
-            if img.width * img.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns until twice as many
-                raise Image.DecompressionBombError(f"{img.width} x {img.height}")
+        _check_file(path)
+        with _open(path) as img:
+            _check_opened(img)
+            if draft:
+                img.draft(None, (draft, draft))
             return to_rgb(img)
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
+        raise ImageError(f"{path}: no such file" + " (a link that leads nowhere)" * os.path.islink(path)) from None
     except Image.DecompressionBombError as e:
-        raise ImageError(f"{path}: too many pixels to be safe ({e})") from None
+        raise ImageError(f"{path}: too many pixels to be safe ({e}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS") from None
+    except ImageError as e:
+        raise ImageError(f"{path}: cannot be decoded ({e})") from None
     except Exception as e:                                    # Pillow's plugins raise many kinds
-        raise ImageError(f"{path}: cannot be decoded ({type(e).__name__}: {e})") from None
+        raise ImageError(f"{path}: cannot be decoded ({type(e).__name__}: {getattr(e, 'strerror', None) or e})") from None
 
-# %% ../nbs/01_images.ipynb #af899c40
+# %% ../nbs/01_images.ipynb #9b6d60be
 MAX_PIXELS = 40_000_000  # of a resized picture; a strip of 1:20 and longer at 384 pixels is still well below
 
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MIN_SCENES', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'code_commit',
-           'environment', 'summarise', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs', 'publish_run']
+           'environment', 'summarise', 'compare_arms', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs',
+           'publish_run']
 
-# %% ../nbs/09_records.ipynb #3d77111b
+# %% ../nbs/09_records.ipynb #66d2620e
 import json
 import math
 import os
@@ -16,14 +17,15 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
 from .config import MACHINE, Config, pick_device, run_id, use_bf16
 from .data import ImageSet
-from .metrics import compare, evaluate
+from .metrics import compare, evaluate, holm, srcc
 
-# %% ../nbs/09_records.ipynb #ff9fda89
+# %% ../nbs/09_records.ipynb #4eda3e08
 def write_whole(
     path: str | Path,
     content: str | bytes,
@@ -52,7 +54,7 @@ def write_json(path: str | Path, value):
     "Write a value as indented JSON, whole or not at all."
     write_whole(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/09_records.ipynb #f61c90a0
+# %% ../nbs/09_records.ipynb #b7a3158b
 def write_lines(path: str | Path, rows: list[dict]):
     "Write a whole journal anew."
     write_whole(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
@@ -80,7 +82,7 @@ def read_lines(
                 raise ValueError(f"{path}: line {number} is not JSON; restore it, or cut the file there") from None
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #432c2ef8
+# %% ../nbs/09_records.ipynb #ae84d281
 PACKAGES = ("smart_iqa", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "Pillow", "scikit-learn", "papermill")
 
 
@@ -117,7 +119,7 @@ def environment(
                 platform.machine(), cores=os.cpu_count(), gpu=cuda, threads=torch.get_num_threads(),
                 packages={p: _version(p) for p in PACKAGES})
 
-# %% ../nbs/09_records.ipynb #028c3745
+# %% ../nbs/09_records.ipynb #9851c530
 MIN_SCENES = 10  # fewer scenes than this cannot be resampled
 
 
@@ -151,7 +153,39 @@ def summarise(
                                 for k, d in parts.items() if how[k] != "nothing"}
     return result
 
-# %% ../nbs/09_records.ipynb #9da23505
+# %% ../nbs/09_records.ipynb #ea112ebc
+def compare_arms(
+    control: dict[int, dict],          # seed to finished run, as `read_run` gives it
+    arms: dict[str, dict[int, dict]],  # the same for every arm
+    part: str = "val",
+    n_boot: int = 2000,
+) -> pd.DataFrame:  # a row an arm, the control first: arm, seeds, n, srcc, srcc_std, and the gain over the control: diff, low, high, p, p_holm, better
+    "Mean validation SRCC over seeds, and its paired difference to the control. ValueError when arms saw other pictures."
+    def predictions(runs: dict, seeds) -> pd.DataFrame:  # a column a seed
+        return pd.concat([r[r.split == part].set_index("image").pred.rename(s) for s in seeds for r in [runs[s]["predictions"]]], axis=1)
+
+    def row(arm: str, p: pd.DataFrame, score: pd.Series) -> dict:
+        each = [srcc(p[s], score) for s in p]
+        return dict(arm=arm, seeds=len(each), n=len(p), srcc=np.mean(each), srcc_std=np.std(each, ddof=1) if len(each) > 1 else np.nan)
+
+    labels = next(iter(control.values()))["predictions"].query("split == @part").set_index("image")
+    groups = labels.ref if _resampling(labels) == "scenes" else None
+    rows = [row("control", predictions(control, control), labels.score)]
+    for arm, runs in arms.items():
+        if not (seeds := sorted(set(runs) & set(control))):
+            continue
+        a, b = predictions(runs, seeds), predictions(control, seeds)
+        if set(a.index) != set(labels.index) or a.isna().any(axis=None):
+            raise ValueError(f"{arm}: its {part} pictures are not the control's: use the same data, split and split_seed")
+        a, b = a.loc[labels.index], b.loc[labels.index]
+        c = compare(a.T, b.T, labels.score, n_boot=n_boot, groups=groups)
+        rows.append(row(arm, a, labels.score) | {k: c[k] for k in ("diff", "low", "high", "p")})
+    frame = pd.DataFrame(rows, columns=["arm", "seeds", "n", "srcc", "srcc_std", "diff", "low", "high", "p"])
+    frame["p_holm"] = [np.nan, *holm(frame.p[1:])]
+    frame["better"] = (frame.p_holm < 0.05) & (frame["diff"] > 0)
+    return frame
+
+# %% ../nbs/09_records.ipynb #21b81587
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 
@@ -225,7 +259,7 @@ def list_runs(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #913a931c
+# %% ../nbs/09_records.ipynb #217ae847
 def publish_run(
     folder: str | Path,  # of a finished run
     to: str | Path,      # a folder for published runs; the run's folder is made in it

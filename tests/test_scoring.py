@@ -1,0 +1,218 @@
+"""The scorer: one score a picture whatever surrounds it, maps that are local, intervals that come along, and the packaged model."""
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+import smart_iqa
+from smart_iqa.demo import photograph
+from smart_iqa.images import ImageError
+from smart_iqa.intervals import Calibration
+from smart_iqa.model import CheckpointError, build_model, find_checkpoint, read_about
+from smart_iqa.scoring import Policy, Scorer, create_scorer, layout, save_scorer
+
+PHOTOS = ("coffee", "chelsea", "camera", "rocket")
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return smart_iqa.create_scorer("smart-lite", device="cpu", amp="off")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    images = [photograph(n) for n in PHOTOS]
+    return [*images, images[0].resize((90, 60)), images[1].crop((0, 0, 451, 60))]  # any sizes
+
+
+@pytest.fixture(scope="module")
+def alone(scorer, photos):
+    return np.array([scorer(p) for p in photos])
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model = build_model("smart", model_size="lite")
+    model.shift_scores(50)
+    return Scorer(model, Policy(64, "short", 32, 2), Calibration((2.0, 0.5, 1.0), tuple(np.linspace(-2, 2, 99))), dict(name="small"), device="cpu", amp="off")
+
+
+def test_a_picture_has_one_score(scorer, photos, alone):
+    """Alone, in a list, in another order: fp32 to 1e-3 points of 100 (in fact to the bit)."""
+    together, turned = scorer(photos), scorer(photos[::-1])[::-1]
+    assert np.abs(together - alone).max() < 1e-3 and np.abs(turned - alone).max() < 1e-3
+    assert len(set(np.round(alone, 2))) == len(alone)  # and different pictures have different ones
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_batch_size_moves_nothing(scorer, photos, alone, batch_size):
+    other = Scorer(scorer.model, scorer.policy, scorer.calibration, scorer.info, device="cpu", amp="off", batch_size=batch_size)
+    assert np.abs(other(photos[:2]) - alone[:2]).max() < 1e-3
+
+
+def test_bf16_is_near(scorer, photos, alone):
+    """Within half a point alone and in a batch; and not far from fp32 (but for pictures of some dozen pixels, it is as near)."""
+    bf16 = Scorer(scorer.model, scorer.policy, device="cpu", amp="on")
+    found = bf16(photos)
+    assert np.abs(found - [bf16(p) for p in photos]).max() < 0.5
+    assert np.abs(found - alone)[:4].max() < 1
+
+
+def test_every_kind_of_input(scorer, photos, alone, tmp_path):
+    photo = photos[0]
+    photo.save(tmp_path / "a.png")
+    a = np.asarray(photo)
+    t = torch.from_numpy(a.copy()).permute(2, 0, 1)
+    for same in (tmp_path / "a.png", str(tmp_path / "a.png"), photo, a, a / 255, a.astype(np.float32) / 255, a.astype(np.uint16) * 257, t, t / 255, t[None]):
+        got = scorer(same)
+        assert np.allclose(got, alone[0], atol=1e-3)
+    assert isinstance(scorer(photo), float) and scorer([photo]).shape == (1,) and scorer(torch.stack([t, t])).shape == (2,) and scorer([]).shape == (0,)
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (np.zeros((5, 5, 7), np.uint8), "shape"), (np.full((9, 9, 3), 128.0), "0-1"), (np.full((9, 9), np.nan), "0-1"), (torch.zeros(3, 9, 9) - 2, "0-1"),
+    (np.zeros((0, 9, 3), np.uint8), "shape"), ("gone.jpg", "gone.jpg"), (None, "NoneType"), (np.zeros((9, 9), np.int32), "int32")])
+def test_wrong_input_is_named(small, wrong, said):
+    with pytest.raises(ImageError, match=said):
+        small(wrong)
+
+
+def test_a_bad_picture_does_not_stop_the_rest(small, photos):
+    got = list(small.stream([photos[0], "gone.jpg", photos[1], None]))
+    assert isinstance(got[1], ImageError) and isinstance(got[3], ImageError)
+    assert got[2].score == small(photos[1]) and got[0].score == small(photos[0])
+
+
+def test_stream_is_lazy(small, photos):
+    """A folder of any length fits in memory: no more than a few pictures are taken ahead."""
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield photos[4]
+    stream = small.stream(endless())
+    next(stream), next(stream)
+    assert len(taken) < 12
+
+
+def test_map_is_local(scorer):
+    """Damage to the left half shows there; patches that lie in the right half keep their very number."""
+    photo = photograph("coffee")
+    damaged = photo.copy()
+    damaged.paste(photo.crop((0, 0, 300, 400)).filter(ImageFilter.GaussianBlur(5)), (0, 0))
+    before, after = scorer.map(photo), scorer.map(damaged)
+    middle = before.resized[0] / 2
+    right, left = before.lefts >= middle + 2, before.lefts + before.crop <= middle
+    change = after.patches - before.patches
+    assert right.any() and left.any() and not change[:, right].any() and change[:, left].mean() < -5
+    drawn = after.pixels(60) - before.pixels(60)
+    assert drawn[:, :20].mean() < 4 * drawn[:, 40:].mean() - 1  # the picture of the map says so, too
+    assert before.score == pytest.approx(before.patches.mean())
+
+
+def test_map_of_the_scores_own_crops_is_the_score(scorer, photos, alone):
+    for photo, score in zip(photos[:3], alone):
+        assert scorer.map(photo, crop=scorer.policy.crop).score == pytest.approx(score, abs=1e-6)
+
+
+def test_overlay_has_the_pictures_shape(small, photos):
+    overlay = small.map(photos[1]).overlay(photos[1], width=200)
+    assert overlay.size[0] == 200 and abs(overlay.size[1] / 200 - photos[1].height / photos[1].width) < 0.02
+
+
+def test_layout_covers_every_shape():
+    policy = Policy(512, "short", 320, 20)
+    for w, h in ((512, 512), (4000, 3000), (3000, 4000), (1, 1), (9000, 100), (7, 4000)):
+        for local in (False, True):
+            (rw, rh), tops, lefts = layout(w, h, policy, local)
+            for starts, length in ((tops, rh), (lefts, rw)):
+                assert starts[0] == 0 and starts[-1] == length - policy.crop and (np.diff(starts) >= 0).all()
+                assert len(starts) >= 64 or np.diff(starts, prepend=0).max() <= policy.crop  # no gap
+
+
+def test_differentiable(scorer):
+    photo = photograph("chelsea")
+    x = (torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None] / 255).requires_grad_()
+    score = scorer.differentiable(x, crops=2)
+    score.sum().backward()
+    assert x.grad.shape == x.shape and torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert abs(float(scorer.differentiable(x)) - scorer(photo)) < 2
+    assert not any(p.requires_grad for p in scorer.model.parameters())
+
+
+def test_one_file_holds_everything(small, photos, tmp_path):
+    save_scorer(small, tmp_path / "m.safetensors")
+    again = create_scorer(tmp_path / "m.safetensors", device="cpu", amp="off")
+    assert again.details(photos[:2]) == small.details(photos[:2]) and again.policy == small.policy and again.info == small.info
+    one = again.details(photos[:1])[0]
+    assert one.low < one.score < one.high
+    narrower = create_scorer(tmp_path / "m.safetensors", device="cpu", amp="off", level=0.5).details(photos[:1])[0]
+    assert one.low < narrower.low and narrower.high < one.high
+
+
+def test_the_packaged_model():
+    path = find_checkpoint("smart-lite")
+    about = read_about(path)
+    assert path.stat().st_size <= 12e6 and about["calibration"]["residuals"] and about["policy"]["crops"] > 0
+    scorer = create_scorer(device="cpu")
+    assert scorer.score_range == (0, 100) and scorer.higher_is_better
+    assert {"name", "trained_on", "licence", "data_terms", "measured", "meaning", "fails_on"} <= set(scorer.info)
+    json.dumps(scorer.info)
+    measured = scorer.info["measured"]["test_clean"]
+    assert measured["srcc_low"] < measured["srcc"] < measured["srcc_high"]
+
+
+def test_damage_lowers_the_score(scorer):
+    """Not a claim about people, but a model for which this fails is broken."""
+    for name in PHOTOS[:2]:
+        photo = photograph(name)
+        assert scorer(photo) > scorer(photo.filter(ImageFilter.GaussianBlur(4))) + 5
+
+
+@pytest.mark.parametrize("name, said", [("smart-light", "smart-lite"), ("gone.safetensors", "no such file"), (".", "model.safetensors")])
+def test_unknown_models_are_named(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((RuntimeError, CheckpointError), match=said):
+        create_scorer(name)
+
+
+def test_usage_of_the_original_readme(tmp_path, monkeypatch):
+    """The original repository's usage example, word for word, on a checkpoint with its wrapper."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(zlib.crc32(b"usage"))
+    trained = smart_iqa.SmartIQA(model_size="base", use_attention=True)
+    torch.save({"model_state_dict": trained.state_dict()}, "checkpoints/best_model.pth")
+    image_tensor = torch.randn(1, 3, 224, 224)
+    code = """
+from smart_iqa import SmartIQA
+import torch
+
+# Load model
+model = SmartIQA(model_size='base', use_attention=True)
+checkpoint = torch.load('checkpoints/best_model.pth')
+model.load_state_dict(checkpoint['model_state_dict'])
+model.eval()
+
+# Predict quality
+with torch.no_grad():
+    quality_score = model(image_tensor)  # Range: 0-100
+    attention_weights = model.last_attention_weights
+"""
+    names = dict(image_tensor=image_tensor)
+    exec(code, names)
+    with torch.no_grad():
+        assert torch.equal(names["quality_score"], trained.eval()(image_tensor)) and names["attention_weights"].shape == (1, 4)
+
+
+def test_image_with_no_number_is_an_error(small):
+    with torch.no_grad():
+        for p in small._fast.parameters():
+            p.fill_(float("nan"))
+    assert isinstance(next(small.stream([Image.new("RGB", (64, 64))])), ImageError)
