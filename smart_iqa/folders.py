@@ -6,7 +6,7 @@
 __all__ = ['NOT_PIXELS', 'COLUMNS', 'SORTS', 'picture_suffixes', 'Found', 'printable', 'find_pictures', 'split_names', 'Journal',
            'read_scores', 'model_id', 'score_files', 'pick_rows', 'table_text', 'write_maps', 'contact_sheet']
 
-# %% ../nbs/16_folders.ipynb #c8ae9d40
+# %% ../nbs/16_folders.ipynb #5aea0cfa
 import base64
 import csv
 import hashlib
@@ -15,8 +15,6 @@ import io
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,13 +25,14 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .config import track
 from .images import ImageError, load_image
 from .records import write_whole
 from .scoring import Score, Scorer, _ahead
 
-# %% ../nbs/16_folders.ipynb #bdae2fa1
+# %% ../nbs/16_folders.ipynb #242f1704
 NOT_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
 
 
@@ -41,7 +40,7 @@ def picture_suffixes() -> set[str]:
     "Suffixes, in small letters, of the files that are scored in a folder."
     return {s for s, kind in Image.registered_extensions().items() if kind not in NOT_PIXELS} | {".heic", ".heif", ".hif"}
 
-# %% ../nbs/16_folders.ipynb #9eecd0a3
+# %% ../nbs/16_folders.ipynb #8685a204
 @dataclass(frozen=True)
 class Found:
     "A picture to be scored, or something asked for that is not there."
@@ -65,11 +64,19 @@ def printable(text: str) -> str:
     "Text for a terminal or a page: line feeds, escape codes and marks that turn the writing direction are shown, not obeyed."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-# %% ../nbs/16_folders.ipynb #a8f6fd4b
+# %% ../nbs/16_folders.ipynb #2c06feb9
 def _is_picture(name: str, suffixes: set[str]) -> bool:
     "Whether a file in a folder is to be scored, by its name."
     of_map = name.lower().endswith(".map.png") and os.path.splitext(name[:-8])[1].lower() in suffixes
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes and not of_map
+
+
+def _stat(path: str) -> os.stat_result | None:
+    "What the file system says of a path; None where there is nothing."
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):
+        return None
 
 
 def _walk(root: str, recursive: bool) -> list[Found]:
@@ -81,18 +88,19 @@ def _walk(root: str, recursive: bool) -> list[Found]:
 
     while left:
         for folder, folders, files in os.walk(left.pop(0), onerror=unreadable):
-            at = os.stat(folder)
-            if (at.st_dev, at.st_ino) in seen:
+            at = _stat(folder)
+            here = at and (at.st_dev, at.st_ino)
+            if here in seen or not at:  # been there, or it has just gone
                 folders.clear()
                 continue
-            seen.add((at.st_dev, at.st_ino))
+            seen.add(here)
             inner = [n for n in sorted(folders) if recursive and not n.startswith(".")]
             left += [p for n in inner if os.path.islink(p := os.path.join(folder, n))]
             folders[:] = inner  # os.walk itself follows no links
             found += [Found(_tidy(os.path.join(folder, n)), root) for n in files if _is_picture(n, suffixes)]
     return sorted(found, key=lambda f: f.path)
 
-# %% ../nbs/16_folders.ipynb #0a4b7d04
+# %% ../nbs/16_folders.ipynb #b6a2bbb0
 def _match(pattern: str) -> tuple[str, list[str]]:  # the folder that the pattern starts from, what matches
     "Expand a pattern; `**` follows no links, hidden names match only where the pattern names them."
     parts = Path(os.path.expanduser(pattern)).parts
@@ -140,7 +148,7 @@ def split_names(
     lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     return [os.fsdecode(line) for line in lines if line]
 
-# %% ../nbs/16_folders.ipynb #cb5a4f65
+# %% ../nbs/16_folders.ipynb #2d3fec57
 COLUMNS = dict(file=str, score=float, low=float, high=float, level=float, std=float, width=int, height=int,
                bytes=int, modified=str, model=str, error=str)
 _BEGINS = {".csv": ",".join(COLUMNS), ".jsonl": '{"file": '}
@@ -164,7 +172,7 @@ def _parse(text: str, suffix: str) -> list[dict]:
         return [json.loads(line) for line in text.split("\n")[:-1]]
     rows = list(csv.reader(io.StringIO(text, newline="")))
     torn = not text.endswith("\n") or text.count('"') % 2
-    return [dict(zip(COLUMNS, row, strict=True)) for row in rows[1 : len(rows) - torn]]
+    return [dict(zip(COLUMNS, row)) for row in rows[1 : len(rows) - torn]]
 
 
 def _typed(row: dict) -> dict:
@@ -174,7 +182,7 @@ def _typed(row: dict) -> dict:
         return ("" if empty else str(v)) if kind is str else None if empty else kind(float(v))
 
     if set(row) != set(COLUMNS):
-        raise ValueError(f"has other columns ({', '.join(map(str, row))})")
+        raise ValueError(f"holds a row that is not ours ({str(row)[:60]})")
     return {k: value(kind, row[k]) for k, kind in COLUMNS.items()}
 
 
@@ -182,7 +190,7 @@ def _as_frame(rows: list[dict]) -> pd.DataFrame:
     types = {k: {str: "str", float: "float64", int: "Int64"}[kind] for k, kind in COLUMNS.items()}
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
-# %% ../nbs/16_folders.ipynb #d57b4f68
+# %% ../nbs/16_folders.ipynb #926e7534
 class Journal:
     "The rows of an output file, appended one by one and put in order at the end."
 
@@ -207,14 +215,15 @@ class Journal:
             if self.parquet and self.path.exists():
                 rows = pd.read_parquet(self.path).astype(object).to_dict("records") + rows
             return list({r["file"]: r for r in map(_typed, rows)}.values())
-        except (ValueError, KeyError, OSError) as e:
+        except (ValueError, TypeError, OSError, csv.Error) as e:
             raise ValueError(f"{self.path}: {e}; give another --out, or move this file away") from None
 
     def begin(self, rows: list[dict]):
         "Keep these rows and nothing else, and be ready for more."
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.lines.exists() or self._text() != (text := self._whole(rows)):
-            write_whole(self.lines, self._whole(rows))
+        text = self._whole(rows)
+        if not self.lines.exists() or self._text() != text:
+            write_whole(self.lines, text)
         self.file = open(self.lines, "a", encoding="utf-8", newline="")
 
     def add(self, row: dict):
@@ -223,8 +232,7 @@ class Journal:
         self.file.flush()
 
     def finish(self, files: list[str]):
-        "Close; rows of these files in this order, after those of others. A parquet file is written now."
-        self.file.close()
+        "Rows of these files in this order, after those of others. A parquet file is written now."
         place = {f: k for k, f in enumerate(files)}
         rows = sorted(self.read(), key=lambda r: place.get(r["file"], -1))
         if self.parquet:
@@ -243,22 +251,20 @@ def read_scores(
         raise ValueError(f"{path}: no such file")
     return _as_frame(Journal(path).read())
 
-# %% ../nbs/16_folders.ipynb #1b9cf277
+# %% ../nbs/16_folders.ipynb #2776e8c7
 def model_id(scorer: Scorer) -> str:
     "Name and fingerprint of all that defines a scorer's numbers, e.g. smart-lite@0123456789."
-    digest = hashlib.sha256(repr([scorer.policy, scorer.calibration]).encode())
+    rules = [asdict(scorer.policy), asdict(scorer.calibration) if scorer.calibration else None]
+    digest = hashlib.sha256(json.dumps(rules).encode())
     for name, t in sorted(scorer.model.state_dict().items()):
         digest.update(name.encode() + t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{scorer.info.get('name', type(scorer.model).__name__)}@{digest.hexdigest()[:10]}"
 
-# %% ../nbs/16_folders.ipynb #53ed62dc
+# %% ../nbs/16_folders.ipynb #b48e4e41
 def _stamp(path: str) -> tuple:  # bytes, modified; None and "" where there is no file
     "What tells whether a file has changed."
-    try:
-        at = os.stat(path)
-    except (OSError, ValueError):
-        return None, ""
-    return at.st_size, str(np.datetime64(at.st_mtime_ns, "ns"))
+    at = _stat(path)
+    return (at.st_size, str(np.datetime64(at.st_mtime_ns, "ns"))) if at else (None, "")
 
 
 def _row(found: Found, stamp: tuple, got: Score | ImageError | str, mine: dict) -> dict:
@@ -297,17 +303,21 @@ def score_files(
     if journal:
         journal.begin([r for r in before if r["file"] in rows or r["file"] not in stamps])
     scored = scorer.stream(f.path for f in todo if not f.error)
-    for f in track(todo, len(found), "scoring", progress, kept):
-        row = rows[f.file] = _row(f, stamps[f.file], f.error or next(scored), mine)
+    try:
+        for f in track(todo, len(found), "scoring", progress, kept):
+            row = rows[f.file] = _row(f, stamps[f.file], f.error or next(scored), mine)
+            if journal:
+                journal.add(row)
+    finally:
         if journal:
-            journal.add(row)
+            journal.file.close()
     if journal:
         journal.finish(list(stamps))
     frame = _as_frame([rows[f] for f in stamps])
     frame.attrs["kept"] = kept
     return frame
 
-# %% ../nbs/16_folders.ipynb #cb838d63
+# %% ../nbs/16_folders.ipynb #38b143b5
 SORTS = dict(found=None, score=("score", False), name=("file", True), size=("pixels", False), interval=("wide", True))
 
 
@@ -345,7 +355,7 @@ def table_text(
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     return "\n".join("  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths)), row[3]]) for row in rows)
 
-# %% ../nbs/16_folders.ipynb #31cf356d
+# %% ../nbs/16_folders.ipynb #c02eb41c
 def _below(found: list[Found]) -> Iterator[Path]:
     "For each picture its path below the folder that all were looked for in."
     roots = {os.path.abspath(f.root) for f in found}
@@ -357,6 +367,15 @@ def _below(found: list[Found]) -> Iterator[Path]:
             yield Path(path.replace(":", "").lstrip("\\/"))
 
 
+def _made_by(target: Path) -> str | None:
+    "The model that made a map; None for any other file."
+    try:
+        with Image.open(target) as img:
+            return img.info.get("smart_iqa")
+    except Exception:  # Pillow's plugins raise many kinds; it will be written anew
+        return None
+
+
 def write_maps(
     scorer: Scorer,
     found: list[Found],     # pictures that could be scored
@@ -364,22 +383,23 @@ def write_maps(
     progress: bool = False,
 ) -> list[str]:             # a line for each that failed
     "Write `<picture>.map.png`, the local quality laid over the picture, for each picture."
-    failed = []
+    failed, model = [], model_id(scorer)
+    (note := PngInfo()).add_text("smart_iqa", model)
     for f, below in track(zip(found, _below(found)), len(found), "maps", progress):
         target = Path(folder) / below.with_name(below.name + ".map.png")
         try:
-            if target.exists() and target.stat().st_mtime_ns > os.stat(f.path).st_mtime_ns:
+            if (at := _stat(str(target))) and at.st_mtime_ns > os.stat(f.path).st_mtime_ns and _made_by(target) == model:
                 continue
             img = load_image(f.path)
             width = max(1, round(768 * img.width / max(img.size)))
-            scorer.map(img).overlay(img, width=width).save(out := io.BytesIO(), "PNG")
+            scorer.map(img).overlay(img, width=width).save(out := io.BytesIO(), "PNG", pnginfo=note)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, out.getvalue())
         except (ImageError, OSError) as e:
             failed.append(f"{f.file}: no map ({e})")
     return failed
 
-# %% ../nbs/16_folders.ipynb #07cdcefe
+# %% ../nbs/16_folders.ipynb #840dd56d
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1c1d20;--bg:#fff;--dim:#63666d;--card:#f3f4f6;--line:#d5d7db;--mark:#2563a8}
 @media(prefers-color-scheme:dark){:root{--fg:#e6e7e9;--bg:#17181a;--dim:#9da1a8;--card:#222427;--line:#3b3e43;--mark:#7db4f0}}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ImageError', 'to_rgb', 'load_image', 'resized_size', 'resize']
 
-# %% ../nbs/01_images.ipynb #92a46760
+# %% ../nbs/01_images.ipynb #1a51cbbd
 import io
 import os
 import stat
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-# %% ../nbs/01_images.ipynb #0811e494
+# %% ../nbs/01_images.ipynb #f1b431b1
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file and the reason."
 
@@ -37,7 +37,7 @@ def _to_8bit(img: Image.Image, tags) -> Image.Image:  # tags: of a TIFF, else em
         grey[a == key] = 255
     return Image.fromarray(grey)
 
-# %% ../nbs/01_images.ipynb #5b59d51e
+# %% ../nbs/01_images.ipynb #f1549aa3
 def _inks_to_rgb(img: Image.Image) -> Image.Image:
     "CMYK as sRGB, by its own profile where it has a sound one."
     with suppress(ImageCms.PyCMSError, OSError, ValueError, ImportError):  # ImportError: a Pillow without LittleCMS
@@ -45,7 +45,7 @@ def _inks_to_rgb(img: Image.Image) -> Image.Image:
         return ImageCms.profileToProfile(img, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return img.convert("RGB")
 
-# %% ../nbs/01_images.ipynb #32352fcd
+# %% ../nbs/01_images.ipynb #559e8d64
 _UPRIGHT = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
 
@@ -76,7 +76,7 @@ def to_rgb(
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
     return img.convert("RGB")
 
-# %% ../nbs/01_images.ipynb #9d595208
+# %% ../nbs/01_images.ipynb #11498b0c
 def _check_file(path):
     "ImageError for what is no file: opening a pipe or a device might never return."
     mode = os.stat(path).st_mode
@@ -95,7 +95,7 @@ def _check_opened(img: Image.Image):
     if limit and img.width * img.height > limit:  # Pillow itself only warns until twice as many
         raise Image.DecompressionBombError(f"{img.width} x {img.height}")
 
-# %% ../nbs/01_images.ipynb #1fdc9f03
+# %% ../nbs/01_images.ipynb #ed08255a
 def _unknown(path) -> str:
     "What a file is that Pillow cannot identify, and the mend."
     with open(path, "rb") as f:
@@ -124,7 +124,7 @@ def _open(path) -> Image.Image:
         register_heif_opener()
         return Image.open(path)
 
-# %% ../nbs/01_images.ipynb #377582a2
+# %% ../nbs/01_images.ipynb #bd315232
 def load_image(
     path: str | Path,         # a picture file; of an animation, the first frame
     draft: int | None = None, # for a thumbnail: a JPEG may come smaller, as long as no side is below this
@@ -146,7 +146,7 @@ def load_image(
     except Exception as e:                                    # Pillow's plugins raise many kinds
         raise ImageError(f"{path}: cannot be decoded ({type(e).__name__}: {getattr(e, 'strerror', None) or e})") from None
 
-# %% ../nbs/01_images.ipynb #9b6d60be
+# %% ../nbs/01_images.ipynb #281d06cc
 MAX_PIXELS = 40_000_000  # of a resized picture; a strip of 1:20 and longer at 384 pixels is still well below
 
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Calibration', 'calibrate', 'coverage_table']
 
-# %% ../nbs/14_intervals.ipynb #daac9328
+# %% ../nbs/14_intervals.ipynb #1203888c
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 from scipy.stats import binomtest
 
-# %% ../nbs/14_intervals.ipynb #38cc1e9f
+# %% ../nbs/14_intervals.ipynb #dc4b538d
 def _signs(pred: np.ndarray, spread: np.ndarray) -> np.ndarray:
     "What difficulty is guessed from, (N, 3): one, the spread of the crops, the room to err."
     pred, spread = np.asarray(pred, float), np.nan_to_num(np.asarray(spread, float))
@@ -30,6 +30,11 @@ class Calibration:
     def difficulty(self, pred: np.ndarray, spread: np.ndarray) -> np.ndarray:
         "Expected size of the error in points, (N,)."
         return _signs(pred, spread) @ np.asarray(self.weights)
+
+    @property
+    def highest_level(self) -> float:
+        "The largest coverage that so many calibration pictures can promise."
+        return 1 - 2 / (len(self.residuals) + 1)
 
     def interval(
         self,
@@ -48,7 +53,7 @@ class Calibration:
         low, high = pred + sigma * self.residuals[k - 1], pred + sigma * self.residuals[n - k]
         return np.minimum(np.clip(low, 0, 100), pred), np.maximum(np.clip(high, 0, 100), pred)
 
-# %% ../nbs/14_intervals.ipynb #1db04f06
+# %% ../nbs/14_intervals.ipynb #4bdb4564
 def calibrate(
     val: pd.DataFrame,  # validation pictures: score, pred, pred_std
     cal: pd.DataFrame,  # calibration pictures, used for nothing else: score, pred, pred_std
@@ -64,7 +69,7 @@ def calibrate(
     residuals = (cal.score - cal.pred) / np.maximum(fitted.difficulty(cal.pred, cal.pred_std), 1e-6)
     return Calibration(fitted.weights, tuple(float(f"{r:.5g}") for r in np.sort(residuals)))
 
-# %% ../nbs/14_intervals.ipynb #37765945
+# %% ../nbs/14_intervals.ipynb #d988a993
 def coverage_table(
     predictions: pd.DataFrame,  # score, pred, pred_std
     calibration: Calibration,

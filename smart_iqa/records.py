@@ -7,12 +7,13 @@ __all__ = ['PACKAGES', 'MIN_SCENES', 'write_whole', 'write_json', 'write_lines',
            'environment', 'summarise', 'compare_arms', 'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs',
            'publish_run']
 
-# %% ../nbs/09_records.ipynb #66d2620e
+# %% ../nbs/09_records.ipynb #2b37112c
 import json
 import math
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +26,7 @@ from .config import MACHINE, Config, pick_device, run_id, use_bf16
 from .data import ImageSet
 from .metrics import compare, evaluate, holm, srcc
 
-# %% ../nbs/09_records.ipynb #4eda3e08
+# %% ../nbs/09_records.ipynb #4b4443fa
 def write_whole(
     path: str | Path,
     content: str | bytes,
@@ -54,7 +55,7 @@ def write_json(path: str | Path, value):
     "Write a value as indented JSON, whole or not at all."
     write_whole(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/09_records.ipynb #b7a3158b
+# %% ../nbs/09_records.ipynb #23709a06
 def write_lines(path: str | Path, rows: list[dict]):
     "Write a whole journal anew."
     write_whole(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
@@ -82,7 +83,7 @@ def read_lines(
                 raise ValueError(f"{path}: line {number} is not JSON; restore it, or cut the file there") from None
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #ae84d281
+# %% ../nbs/09_records.ipynb #be896954
 PACKAGES = ("smart_iqa", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "Pillow", "scikit-learn", "papermill")
 
 
@@ -119,7 +120,7 @@ def environment(
                 platform.machine(), cores=os.cpu_count(), gpu=cuda, threads=torch.get_num_threads(),
                 packages={p: _version(p) for p in PACKAGES})
 
-# %% ../nbs/09_records.ipynb #9851c530
+# %% ../nbs/09_records.ipynb #ecc85948
 MIN_SCENES = 10  # fewer scenes than this cannot be resampled
 
 
@@ -153,7 +154,7 @@ def summarise(
                                 for k, d in parts.items() if how[k] != "nothing"}
     return result
 
-# %% ../nbs/09_records.ipynb #ea112ebc
+# %% ../nbs/09_records.ipynb #2898c479
 def compare_arms(
     control: dict[int, dict],          # seed to finished run, as `read_run` gives it
     arms: dict[str, dict[int, dict]],  # the same for every arm
@@ -185,7 +186,7 @@ def compare_arms(
     frame["better"] = (frame.p_holm < 0.05) & (frame["diff"] > 0)
     return frame
 
-# %% ../nbs/09_records.ipynb #21b81587
+# %% ../nbs/09_records.ipynb #74b79189
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 
@@ -259,16 +260,27 @@ def list_runs(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_records.ipynb #217ae847
+# %% ../nbs/09_records.ipynb #7ccb4070
 def publish_run(
     folder: str | Path,  # of a finished run
     to: str | Path,      # a folder for published runs; the run's folder is made in it
+    extra: Sequence[str] = ("splits.csv",),  # further files to copy where they exist
 ) -> Path:
     "Copy what tables and figures are made from (config, environment, journal, predictions, record), without machine paths."
-    run, target = read_run(folder), Path(to) / Path(folder).name
+    folder, run = Path(folder), read_run(folder)
+    target = Path(to) / folder.name
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "config.json", {k: v for k, v in run["config"].items() if k not in MACHINE})
-    for name in ("environment.json", "record.json", "metrics.jsonl", "predictions.csv", "splits.csv"):
-        if (Path(folder) / name).exists():
-            write_whole(target / name, (Path(folder) / name).read_bytes())
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    write_json(target / "config.json", {k: _short(v) for k, v in run["config"].items() if k not in MACHINE})
+    write_json(target / "record.json", {k: _short(v) for k, v in record.items()})
+    if run["predictions"] is not None:
+        write_whole(target / "predictions.csv", run["predictions"].to_csv(index=False, float_format="%.6g"))
+    for name in ("environment.json", "metrics.jsonl", *extra):
+        if (folder / name).exists():
+            write_whole(target / name, (folder / name).read_bytes())
     return target
+
+
+def _short(value):
+    "An absolute path as its last two parts; anything else as it is."
+    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and os.path.isabs(value) else value
