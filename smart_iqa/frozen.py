@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'pooled_moments', 'ridge_baseline']
 
-# %% ../nbs/11_frozen.ipynb #8d413263
+# %% ../nbs/11_frozen.ipynb #c0ff1ae3
 import hashlib
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
-# %% ../nbs/11_frozen.ipynb #70cc7ca4
+# %% ../nbs/11_frozen.ipynb #381e3484
 def weights_digest(model: nn.Module) -> str:
     "A fingerprint of all weights and statistics of a model."
     digest = hashlib.blake2b(digest_size=8)
@@ -65,7 +66,7 @@ def compute_features(
             temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/11_frozen.ipynb #f9012295
+# %% ../nbs/11_frozen.ipynb #d5dfe494
 class FrozenFeed(CropFeed):
     "Precomputed features of fixed training crops and of the test grid, in place of crops."
 
@@ -109,7 +110,7 @@ class FrozenFeed(CropFeed):
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
         return model.head(inputs)
 
-# %% ../nbs/11_frozen.ipynb #131b54e6
+# %% ../nbs/11_frozen.ipynb #55fdc7cd
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 
@@ -139,7 +140,7 @@ def ridge_baseline(
 ) -> tuple[np.ndarray, float]:   # predictions for every row of the table, the strength chosen on validation
     "Ridge regression from frozen, pooled features of the configuration's pretrained backbone to the score."
     state = torch.get_rng_state()
-    backbone = make_model(cfg).backbone.eval()  # pretrained, not trained here
+    backbone = make_model(replace(cfg, init=None)).backbone.eval()  # pretrained, not trained here
     torch.set_rng_state(state)
 
     f = pooled_moments(backbone, cache, np.arange(len(table)), cfg.val_crops, cfg, device, progress)

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['STAGES', 'sentence', 'quality_figure', 'ScorePanel']
 
-# %% ../nbs/18_panel.ipynb #ee72da99
+# %% ../nbs/18_panel.ipynb #864be1ab
 import html
 import io
 import math
 import tempfile
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -22,7 +20,7 @@ from PIL import Image
 from .images import ImageError, load_image
 from .scoring import Score, Scorer, as_image, create_scorer
 
-# %% ../nbs/18_panel.ipynb #7ac7719e
+# %% ../nbs/18_panel.ipynb #07cea58f
 STAGES = ("1: grain", "2: texture", "3: parts", "4: scene")
 
 
@@ -63,7 +61,7 @@ def quality_figure(
         axes[2].tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/18_panel.ipynb #9bbd44a4
+# %% ../nbs/18_panel.ipynb #292935c5
 def _ipywidgets():
     try:
         import ipywidgets
@@ -82,7 +80,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
         except ImageError as e:
             raise ImageError(str(e).replace(str(file), name)) from None
 
-# %% ../nbs/18_panel.ipynb #22c7d305
+# %% ../nbs/18_panel.ipynb #c5d73001
 class ScorePanel:
     "A panel for a notebook: choose a photo; see score, interval, map and attention. ImportError without ipywidgets."
 
@@ -113,8 +111,7 @@ class ScorePanel:
         try:
             img = _decode(picture, name)
             score = self.scorer.details([img])[0]
-            with matplotlib.rc_context({"font.family": "sans-serif"}):
-                quality_figure(self.scorer, img, score).savefig(buffer := io.BytesIO(), format="jpeg")
+            quality_figure(self.scorer, img, score).savefig(buffer := io.BytesIO(), format="jpeg")
         except Exception as e:
             told = str(e) if isinstance(e, ImageError) else f"{name}: cannot be scored ({type(e).__name__}: {e})"
             self._say(told, "#b00")

@@ -6,7 +6,7 @@
 __all__ = ['MAX_COLUMNS', 'as_image', 'Policy', 'layout', 'cut', 'Score', 'Scorer', 'create_scorer', 'save_scorer', 'QualityMap',
            'quality_map', 'differentiable_score']
 
-# %% ../nbs/15_scoring.ipynb #747b4caf
+# %% ../nbs/15_scoring.ipynb #bf8120ff
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -30,7 +30,7 @@ from .images import MAX_PIXELS, ImageError, load_image, resize, resized_size, to
 from .intervals import Calibration, calibrate
 from .model import find_checkpoint, load_checkpoint, read_about, save_checkpoint
 
-# %% ../nbs/15_scoring.ipynb #eee2eaa9
+# %% ../nbs/15_scoring.ipynb #8b4a090c
 def _array_to_image(a: np.ndarray) -> Image.Image:
     "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16, bool or floats within 0-1."
     if a.ndim == 3 and a.shape[2] == 1:
@@ -68,7 +68,7 @@ def as_image(
         raise ImageError(f"a {type(picture).__name__} is no picture: give a path, a PIL image, an array or a tensor")
     return to_rgb(picture)
 
-# %% ../nbs/15_scoring.ipynb #3ced01e8
+# %% ../nbs/15_scoring.ipynb #4b7e5b85
 @dataclass(frozen=True)
 class Policy:
     "How a picture becomes crops. It defines every score."
@@ -112,7 +112,7 @@ def cut(
     boxes = [(x * sx, y * sy, min((x + c) * sx, img.width), min((y + c) * sy, img.height)) for y, x in corners]
     return np.stack([np.asarray(img.resize((c, c), Image.Resampling.BILINEAR, box=b)) for b in boxes])
 
-# %% ../nbs/15_scoring.ipynb #f5252eda
+# %% ../nbs/15_scoring.ipynb #1ac4a342
 @dataclass(frozen=True)
 class Score:
     "What a model says of one picture."
@@ -137,7 +137,7 @@ class Scorer:
         calibration: Calibration | None = None,
         info: dict | None = None,         # name, training data, licence ...
         device: str = "auto",
-        amp: str = "auto",                # bf16 autocast: auto (where the machine has it), on, off
+        amp: str = "off",                 # bf16 autocast: off (the same numbers on every machine), on, auto (where the machine has it)
         batch_size: int = 32,             # crops
         level: float = 0.9,               # of the intervals
     ):
@@ -185,6 +185,8 @@ class Scorer:
                 return cut(img, self.policy), img.size
             except ImageError as e:
                 return e, None
+            except MemoryError:
+                return ImageError(f"{picture if isinstance(picture, (str, Path)) else 'a picture'}: needs more memory than there is"), None
 
         with ThreadPoolExecutor(2) as pool:
             for crops, size in _ahead(pool, load, pictures, 4):
@@ -220,7 +222,7 @@ def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, n: int) -> Itera
         running += [pool.submit(function, item) for item in islice(items, 1)]
         yield result
 
-# %% ../nbs/15_scoring.ipynb #aa20f55c
+# %% ../nbs/15_scoring.ipynb #4b69c18d
 def _about_run(folder: Path) -> dict:
     "Policy, calibration and card of a training run, from its records."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -256,7 +258,7 @@ def save_scorer(
     about = dict(policy=asdict(scorer.policy), calibration=asdict(scorer.calibration) if scorer.calibration else None, info=scorer.info)
     save_checkpoint(scorer.model, path, about, dtype)
 
-# %% ../nbs/15_scoring.ipynb #7917ef25
+# %% ../nbs/15_scoring.ipynb #b258f365
 @dataclass(frozen=True)
 class QualityMap:
     "Scores of a picture's crops, where they lie; `score` is their mean."
@@ -277,6 +279,7 @@ class QualityMap:
         width: int = 256,  # of the map; the height follows
     ) -> np.ndarray:       # (height, width)
         "The map as a smooth picture of scores."
+        width = max(1, min(width, 4096 * self.resized[0] // self.resized[1]))  # a tall strip is drawn narrower
         scale = width / self.resized[0]
         height = max(1, round(self.resized[1] * scale))
 
@@ -318,7 +321,7 @@ def quality_map(
 
 Scorer.map = quality_map
 
-# %% ../nbs/15_scoring.ipynb #1cca3ef3
+# %% ../nbs/15_scoring.ipynb #8741a6a7
 def differentiable_score(
     scorer: Scorer,
     x: torch.Tensor,           # (B, 3, H, W) RGB within 0-1

@@ -1,0 +1,356 @@
+"""What leaves the package: hub folders, ONNX files and the panel. Numbers stay the model's, and what is hostile becomes a sentence."""
+import html
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+
+from smart_iqa import create_scorer
+from smart_iqa.crops import normalise
+from smart_iqa.demo import photograph
+from smart_iqa.export import ExportError, OnnxScorer, check_onnx, compare_engines, export_onnx, model_card, quantise_onnx, save_pretrained
+from smart_iqa.intervals import Calibration
+from smart_iqa.model import CheckpointError, SmartIQA
+from smart_iqa.panel import ScorePanel, quality_figure
+from smart_iqa.scoring import Policy, Scorer, cut
+
+INFO = dict(name="toy", trained_on="toys", licence="MIT")
+
+
+def needs_onnx():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install onnx onnxscript onnxruntime")
+
+
+def toy(**arguments) -> Scorer:
+    """A small network whose scores differ from crop to crop by points, as a trained one's do."""
+    torch.manual_seed(0)
+    model = SmartIQA(backbone="test_efficientnet", **arguments).eval()
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 2)
+        for p in model.lda.parameters():
+            p.mul_(8)
+        for p in (model.hyper.last_weight if hasattr(model.hyper, "last_weight") else model.hyper.layers[-1]).parameters():
+            p.mul_(30)
+        model.shift_scores(50)
+    return Scorer(model, Policy(110, "short", 96, 6), Calibration((1.0, 0.5, 2.0), tuple(np.linspace(-2, 2, 99))), INFO, device="cpu", amp="off")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return [picture(k, 150 + 30 * k, 130, 20.0 * k) for k in range(4)]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return toy()
+
+
+@pytest.fixture(scope="module")
+def small_file(small, tmp_path_factory):
+    needs_onnx()
+    export_onnx(small, path := tmp_path_factory.mktemp("onnx") / "small.onnx")
+    return path
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return create_scorer("smart-lite", device="cpu", amp="off")
+
+
+@pytest.fixture(scope="module")
+def packaged_file(packaged, tmp_path_factory):
+    needs_onnx()
+    export_onnx(packaged, path := tmp_path_factory.mktemp("onnx") / "packaged.onnx")
+    return path
+
+
+def session(path):
+    import onnxruntime
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+# -- ONNX ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_packaged_model_equals_torch(packaged, packaged_file, batch):
+    """The file in plain onnxruntime against the unfolded model in plain torch, on photographs and on random bytes: 1e-4 points."""
+    side = packaged.policy.crop
+    real = np.concatenate([cut(photograph(n), packaged.policy)[::2] for n in ("coffee", "rocket")])[:batch]
+    noise = np.random.default_rng(batch).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    for crops in (real, noise):
+        score, *attention = session(packaged_file).run(None, {"crops": crops})
+        with torch.inference_mode():
+            want = packaged.model(normalise(torch.from_numpy(crops).permute(0, 3, 1, 2))).numpy()
+        assert score.shape == (batch,) and np.abs(score - want).max() <= 1e-4
+        if attention:
+            assert np.abs(attention[0] - packaged.model.last_attention_weights.numpy()).max() <= 1e-5
+
+
+def test_batch_is_free(small, small_file):
+    """Sizes that were never traced; and a crop's score does not depend on its neighbours."""
+    run = session(small_file)
+    (crops,) = run.get_inputs()
+    assert crops.name == "crops" and crops.type == "tensor(uint8)" and isinstance(crops.shape[0], str) and crops.shape[1:] == [96, 96, 3]
+    x = np.random.default_rng(0).integers(0, 256, (7, 96, 96, 3), dtype=np.uint8)
+    alone = np.concatenate([run.run(["score"], {"crops": x[k : k + 1]})[0] for k in range(7)])
+    assert alone.std() > 0.05  # else the next line could not fail
+    for n in (1, 2, 5, 7):
+        assert np.abs(run.run(["score"], {"crops": x[:n]})[0] - alone[:n]).max() < 1e-4
+
+
+@pytest.mark.parametrize("arguments", [dict(head="plain"), dict(use_attention=False), dict(use_attention=False, use_multiscale=False)], ids=str)
+def test_every_kind_of_head(arguments, tmp_path, photos):
+    needs_onnx()
+    scorer = toy(**arguments)
+    found = export_onnx(scorer, tmp_path / "a.onnx")
+    assert found.score.max() <= 1e-4 and sorted(set(found.batch)) == [1, 3, 20]
+    want, got = scorer.table(photos), OnnxScorer(tmp_path / "a.onnx").table(photos)
+    assert list(got) == list(want) and np.abs(got - want).max(axis=None) < 1e-3 and want.score.std() > 0.05
+    assert ("a1" in got) == (arguments.get("use_attention") is not False)
+
+
+def test_file_says_what_it_is(small, small_file, tmp_path):
+    """Policy, calibration, normalisation and card in the metadata; nothing of the machine that wrote it; the same file every time."""
+    told = {k: json.loads(v) for k, v in session(small_file).get_modelmeta().custom_metadata_map.items()}
+    assert Policy(**told["policy"]) == small.policy and told["info"] == INFO and told["precision"] == "float32"
+    assert told["calibration"]["residuals"] == list(small.calibration.residuals) and len(told["normalisation"]["mean"]) == 3
+    raw = small_file.read_bytes()
+    assert not any(word in raw for word in (b"site-packages", b".py", os.getcwd().encode()))
+    export_onnx(small, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == raw
+
+
+def test_wrong_numbers_are_not_kept(small, small_file, tmp_path):
+    """A file with one changed weight is noticed; an export that fails the check leaves what was there."""
+    import onnx
+
+    proto = onnx.load(small_file)
+    weight = next(i for i in proto.graph.initializer if i.name.startswith("model.hyper") and len(i.dims) == 4)
+    changed = onnx.numpy_helper.to_array(weight) * 1.01
+    weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+    onnx.save(proto, tmp_path / "changed.onnx")
+    assert check_onnx(small_file, small).score.max() <= 1e-4 < check_onnx(tmp_path / "changed.onnx", small).score.max()
+    (tmp_path / "old.onnx").write_text("kept")
+    with pytest.raises(ExportError, match=r"old\.onnx.*limit"):
+        export_onnx(small, tmp_path / "old.onnx", limit=-1.0)
+    assert (tmp_path / "old.onnx").read_text() == "kept" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_onnx_scorer_is_a_scorer(small, small_file, photos):
+    """The same table, intervals and map; lists, errors in place, and what it cannot do says so."""
+    fast = OnnxScorer(small_file, threads=1)
+    want, got = small.table(photos), fast.table(photos)
+    assert list(got) == list(want) and np.abs(got - want).max(axis=None) < 1e-3
+    assert [type(s).__name__ for s in fast.stream([photos[0], "gone.jpg"])] == ["Score", "ImageError"]
+    assert np.abs(fast.map(photos[0]).patches - small.map(photos[0], crop=96).patches).max() < 1e-3
+    with pytest.raises(ValueError, match="96 x 96"):
+        fast.map(photos[0], crop=64)
+    with pytest.raises(TypeError, match="create_scorer"):
+        fast.differentiable(torch.zeros(1, 3, 96, 96))
+    with pytest.raises(ValueError, match="create_scorer|made from"):
+        fast.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="level"):
+        OnnxScorer(small_file, level=0.999)
+
+
+def test_files_that_are_none(small_file, tmp_path):
+    import onnx
+
+    (tmp_path / "text.onnx").write_text("no model")
+    proto = onnx.load(small_file)
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "bare.onnx")
+    for name, reason in (("gone.onnx", "no such file"), ("text.onnx", "cannot be read"), ("bare.onnx", "export_onnx")):
+        with pytest.raises(CheckpointError, match=f"{name}.*{reason}"):
+            OnnxScorer(tmp_path / name)
+    with pytest.raises(ValueError, match="engine"):
+        OnnxScorer(small_file, engine="tensorrt")
+
+
+def test_int8(small, small_file, photos, tmp_path):
+    """A smaller file that says so, whose scores follow fp32's; no pictures and no fp32 file are errors."""
+    quantise_onnx(small_file, tmp_path / "int8.onnx", photos, crops=8)
+    fast = OnnxScorer(tmp_path / "int8.onnx")
+    assert "int8" in fast.info["precision"] and fast.policy == small.policy and fast.calibration == small.calibration
+    table = compare_engines({"fp32": small, "int8": fast}, photos, truth=[70, 60, 50, 40])
+    assert table.largest_difference["fp32"] == 0 < table.largest_difference["int8"] < 3 * np.std(small(photos)) + 1
+    assert np.isclose(table.srcc_loss, table.srcc["fp32"] - table.srcc).all()
+    with pytest.raises(ValueError, match="at least one picture"):
+        quantise_onnx(small_file, tmp_path / "x.onnx", [])
+    assert [p.name for p in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+def test_openvino(small, small_file, photos):
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install openvino onnx")
+    assert np.abs(OnnxScorer(small_file, "openvino", 1)(photos) - small(photos)).max() < 1e-3
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_package_says_what_to_install(small, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match="pip install onnx onnxscript onnxruntime"):
+        export_onnx(small, tmp_path / "x.onnx")
+
+
+# -- the folder for the hub ---------------------------------------------------------------------------------------------
+def test_folder_gives_identical_scores(small, photos, tmp_path):
+    folder = small.save_pretrained(tmp_path / "a" / "b")
+    again = create_scorer(folder, device="cpu", amp="off")
+    assert again.details(photos) == small.details(photos)  # to the bit, intervals too
+    assert (again.policy, again.calibration, again.info) == (small.policy, small.calibration, small.info)
+    assert Scorer.from_pretrained(folder, device="cpu", amp="off")(photos[0]) == small(photos[0])
+    bare = SmartIQA.from_pretrained(folder)
+    assert not bare.training and all(torch.equal(v, small.model.state_dict()[k]) for k, v in bare.state_dict().items())
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model.safetensors"]
+
+
+def test_card(small, packaged, tmp_path):
+    """The hub's own parser reads it, and it says what the scorer knows."""
+    for scorer, name in ((small, "toy"), (packaged, packaged.info["name"])):
+        card = ModelCard(model_card(scorer))
+        assert card.data.library_name == "smart-iqa" and card.data.license and "image-quality-assessment" in card.data.tags
+        assert f"# {name}\n" in card.text and f"{scorer.policy.size} pixels" in card.text
+    toys = ModelCard(model_card(small))
+    assert toys.data.license == "mit" and toys.data.datasets == ["toys"] and "99 calibration pictures" in toys.text
+    hostile = dict(name="a\n---\nlicense: mit", licence="ask: us\n---", trained_on="<script>, a set with spaces", note="x | y\n| z")
+    unknown = Scorer(small.model, small.policy, None, hostile, "cpu", "off")
+    card = ModelCard(model_card(unknown))
+    assert card.data.license == "other" and card.data.license_name.startswith("ask: us") and not card.data.datasets
+    assert "not calibrated" in card.text and "<script>" not in card.text and "x \\| y \\| \\| z" not in card.text and "x \\| y" in card.text
+
+
+def test_own_readme_is_kept(small, tmp_path):
+    save_pretrained(small, tmp_path)
+    written = (tmp_path / "README.md").read_text()
+    small_other = Scorer(small.model, small.policy, None, dict(name="other"), "cpu", "off")
+    assert "# other" in (save_pretrained(small_other, tmp_path) / "README.md").read_text() != written  # ours is renewed
+    (tmp_path / "README.md").write_text("mine")
+    assert (save_pretrained(small, tmp_path) / "README.md").read_text() == "mine"
+
+
+def test_offline_hub_id_is_a_clear_and_quick_error():
+    """In a fresh process: importing asks for no optional package; an id that is not cached ends in one sentence within seconds."""
+    code = """
+import sys, time
+import smart_iqa.export, smart_iqa.panel
+assert not {"onnx", "onnxruntime", "onnxscript", "openvino", "ipywidgets"} & set(sys.modules), "imported"
+start = time.time()
+try:
+    smart_iqa.create_scorer("nobody/no-such-model")
+except Exception as e:
+    print(type(e).__name__, round(time.time() - start, 1), e, sep="|")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    kind, seconds, message = done.stdout.strip().split("|")
+    assert kind == "WeightsError" and float(seconds) < 15
+    assert "nobody/no-such-model" in message and "connect" in message and "folder" in message
+
+
+def test_hub_id_that_is_cached(small, photos, tmp_path, monkeypatch):
+    """What an earlier download left is found without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--owner--toy"
+    small.save_pretrained(repo / "snapshots" / "0123abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr("smart_iqa.model.hf_hub_download", _cached(tmp_path))
+    assert create_scorer("owner/toy", device="cpu", amp="off").details(photos) == small.details(photos)
+
+
+def _cached(folder):
+    """hf_hub_download with another cache folder: its default was read when it was imported."""
+    from huggingface_hub import hf_hub_download
+    return lambda *args, **kw: hf_hub_download(*args, cache_dir=folder, **kw)
+
+
+# -- the panel ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def panel(small):
+    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install ipywidgets")
+    return ScorePanel(small)
+
+
+def encoded(img, kind="PNG", **kw) -> bytes:
+    img.save(buffer := io.BytesIO(), kind, **kw)
+    return buffer.getvalue()
+
+
+def says(panel) -> str:
+    """What a browser shows of the panel's sentence."""
+    return html.unescape(panel.text.value.split(">", 1)[1].rsplit("<", 1)[0])
+
+
+def test_panel_shows_a_picture(panel, small, photos):
+    score = panel.show(encoded(photos[0]), "a & b.png")
+    assert score == small.details([photos[0]])[0]
+    assert says(panel) == f"a & b.png: {score.score:.0f} of 100, 90 % interval {score.low:.0f} to {score.high:.0f}"
+    assert Image.open(io.BytesIO(panel.figure.value)).size[0] > 400 and panel.figure.layout.display == "block"
+
+
+def test_panel_takes_uploads(panel, photos):
+    """As the browser hands them over; the same file twice, too."""
+    for _ in range(2):
+        panel.text.value = ""
+        panel.upload.value = ({"name": "up.png", "type": "image/png", "size": 9, "content": memoryview(encoded(photos[1])), "last_modified": __import__("datetime").datetime(2020, 1, 1)},)
+        assert says(panel).startswith("up.png:") and panel.upload.value == ()
+
+
+HOSTILE = {
+    "empty.jpg": b"", "text.jpg": b"Traceback (most recent call last)", "noise.png": bytes(range(256)) * 9, "page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "head.png": b"\x89PNG\r\n\x1a\n" + bytes(50), "half.jpg": encoded(Image.effect_noise((300, 300), 90).convert("RGB"), "JPEG")[:4000],
+    "bomb.png": encoded(Image.new("1", (20000, 20000))), "../../../etc/passwd": b"root:x:0:0",
+    "<img src=x onerror=alert(1)>": b"x", "</span><script>alert(1)</script>" + "y" * 5000: b"x", "nul\0.png": b"x",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda n: repr(n[:20]))
+def test_panel_and_hostile_bytes(panel, photos, name):
+    """A sentence with the name that the user knows; no traceback, no markup, and not the picture of before."""
+    panel.show(encoded(photos[0]))
+    assert panel.show(HOSTILE[name], name) is None
+    assert name[:20] in says(panel) and "cannot" in says(panel) + "cannot" * ("too many pixels" in says(panel) or len(name) > 500)
+    assert panel.text.value.count("<") == 2 and "tmp" not in says(panel) and panel.figure.layout.display == "none"
+    assert panel.show(encoded(photos[0])) is not None and panel.figure.layout.display == "block"  # and goes on
+
+
+def test_panel_when_the_model_fails(panel, photos, monkeypatch):
+    def fail(pictures):
+        raise RuntimeError("out of <memory>")
+    monkeypatch.setattr(panel.scorer, "details", fail)
+    assert panel.show(encoded(photos[0]), "x.png") is None
+    assert says(panel) == "x.png: cannot be scored (RuntimeError: out of <memory>)"
+
+
+def test_panel_without_gate_calibration_or_ipywidgets(photos, monkeypatch):
+    plain = toy(use_attention=False)
+    plain.calibration = None
+    assert len(quality_figure(plain, photos[0]).axes) == 3  # picture, map, colour bar
+    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install ipywidgets")
+    panel = ScorePanel(plain)
+    assert panel.show(encoded(photos[0])) and "no interval" in says(panel)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(ImportError, match="pip install ipywidgets"):
+        ScorePanel(plain)
+
+
+def test_no_widget_state_in_the_notebook():
+    """GitHub shows stored widgets as blanks."""
+    from pathlib import Path
+
+    nb = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "18_panel.ipynb").read_text(encoding="utf-8"))
+    assert "widgets" not in nb["metadata"]
+    kinds = {kind for c in nb["cells"] for o in c.get("outputs", []) for kind in o.get("data", {})}
+    assert "application/vnd.jupyter.widget-view+json" not in kinds and kinds & {"image/png", "image/jpeg"}
