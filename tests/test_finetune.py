@@ -1,4 +1,4 @@
-"""Experiments around the packaged model, end to end through papermill on small rendered pictures: finetune, study, teacher, evaluate with intervals, package."""
+"""Experiments around the packaged model, end to end through papermill on small pictures: finetune, study, teacher, evaluate, package."""
 import json
 
 import numpy as np
@@ -39,12 +39,15 @@ def start(tmp_path_factory):
     return path
 
 
+def finetune_words(mine, start, out):
+    return ["finetune", str(mine / "my.csv"), "--images", str(mine / "pictures"), "--score-range", "1,5", "--model", str(start), "--out", str(out),
+            "epochs=6", "threads=1", "cal_fraction=0.3", f"cache={out / 'cache'}"]
+
+
 @pytest.fixture(scope="module")
 def tuned(mine, start, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    code = main(["finetune", str(mine / "my.csv"), "--images", str(mine / "pictures"), "--score-range", "1,5", "--model", str(start), "--out", str(out), "epochs=6", "threads=1", "cal_fraction=0.3",
-                 f"cache={out / 'cache'}"])
-    assert not code
+    assert not main(finetune_words(mine, start, out))
     (folder,) = (out / "finetune").iterdir()
     return folder
 
@@ -65,12 +68,12 @@ def test_finetuned_model_scores(tuned, mine):
 
 
 def test_finetune_again_is_finished(tuned, mine, start, capsys):
-    main(["finetune", str(mine / "my.csv"), "--images", str(mine / "pictures"), "--score-range", "1,5", "--model", str(start), "--out", str(tuned.parent.parent), "epochs=6", "cal_fraction=0.3",
-          "threads=1", f"cache={tuned.parent.parent / 'cache'}"])
+    main(finetune_words(mine, start, tuned.parent.parent))
     assert "finished before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, said", [(["gone.csv", "--images", "."], "gone.csv"), (["{csv}", "--images", "gone"], "gone"), (["{csv}", "--images", "{pictures}", "epochz=3"], "epochs")])
+@pytest.mark.parametrize("words, said", [
+    (["gone.csv", "--images", "."], "gone.csv"), (["{csv}", "--images", "gone"], "gone"), (["{csv}", "--images", "{pictures}", "epochz=3"], "epochs")])
 def test_finetune_bad_input(mine, tmp_path, capsys, words, said):
     words = [w.format(csv=mine / "my.csv", pictures=mine / "pictures") for w in words]
     assert main(["finetune", *words, "--out", str(tmp_path)]) == 1
@@ -80,10 +83,12 @@ def test_finetune_bad_input(mine, tmp_path, capsys, words, said):
 @pytest.fixture(scope="module")
 def taught(mine, tmp_path_factory):
     """A teacher, two arms of one seed that use it or not, an evaluation of one of them, and its package."""
-    out, data = tmp_path_factory.mktemp("taught"), dict(dataset="csv", labels=str(mine / "my.csv"), root=str(mine / "pictures"), score_range="1,5", split="random")
+    out = tmp_path_factory.mktemp("taught")
+    data = dict(dataset="csv", labels=str(mine / "my.csv"), root=str(mine / "pictures"), score_range="1,5", split="random")
     quick = data | dict(size=96, crop=64, val_crops=2, test_crops=2, cal_fraction=0.3, val_fraction=0.2, epochs=2, frozen=True)
     control = {k: v for k, v in quick.items() if k != "root"}
-    folder = execute("study", dict(profile="lite", root=quick["root"], control=json.dumps(control), arms='{"plain": {"head": "plain"}}', seeds="0", threads=1, cache=str(out / "cache")), out=out, batch="study")
+    parameters = dict(profile="lite", root=quick["root"], control=json.dumps(control), arms='{"plain": {"head": "plain"}}', seeds="0", threads=1)
+    folder = execute("study", parameters | dict(cache=str(out / "cache")), out=out, batch="study")
     return folder, out, quick
 
 
