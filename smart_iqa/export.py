@@ -6,7 +6,7 @@
 __all__ = ['MADE_BY', 'TAGS', 'LICENCES', 'ENGINES', 'model_card', 'save_pretrained', 'ExportError', 'export_onnx', 'check_onnx',
            'OnnxScorer', 'quantise_onnx', 'compare_engines']
 
-# %% ../nbs/17_export.ipynb #fdf175af
+# %% ../nbs/17_export.ipynb #6828cc8f
 import copy
 import importlib
 import json
@@ -34,7 +34,7 @@ from .metrics import compare, srcc
 from .model import GRID, LDA_GRIDS, CheckpointError, PlainNet
 from .scoring import Policy, QualityMap, Scorer, as_image, create_scorer, cut, quality_map, save_scorer
 
-# %% ../nbs/17_export.ipynb #9983bc6e
+# %% ../nbs/17_export.ipynb #4a19a181
 MADE_BY = "<!-- written by smart_iqa.export -->"  # a README.md without this line is somebody's own and is kept
 TAGS = ["image-quality-assessment", "blind-image-quality-assessment", "no-reference", "smart-iqa"]
 LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "openrail")
@@ -58,7 +58,7 @@ def _rows(facts: dict) -> str:
         return " ".join(told.replace("|", "\\|").replace("<", "&lt;").split())
     return "\n".join(["| | |", "|---|---|", *(f"| {tidy(k)} | {tidy(v)} |" for k, v in facts.items())])
 
-# %% ../nbs/17_export.ipynb #532c05d5
+# %% ../nbs/17_export.ipynb #9dc8a927
 _CARD = """---
 {yaml}
 ---
@@ -102,7 +102,7 @@ def model_card(
     return _CARD.format(yaml=_front_matter(info), made_by=MADE_BY, name=" ".join(str(info.get("name", "SMART-IQA model")).split()),
                         model=_rows(model), info=_rows(info) if info else "Nothing.")
 
-# %% ../nbs/17_export.ipynb #92a264b7
+# %% ../nbs/17_export.ipynb #9d23bfa7
 def save_pretrained(
     scorer: Scorer,
     folder: str | Path,                # made where it is missing
@@ -123,7 +123,7 @@ def save_pretrained(
 Scorer.save_pretrained = save_pretrained
 Scorer.from_pretrained = staticmethod(create_scorer)
 
-# %% ../nbs/17_export.ipynb #7aad1946
+# %% ../nbs/17_export.ipynb #3ec15bc3
 class _Plain(PlainNet):
     "As PlainNet; its len() would fix the batch while a graph is traced."
 
@@ -157,7 +157,7 @@ class _Graph(nn.Module):
         attention = self.model.last_attention_weights
         return (scores,) if attention is None else (scores, attention)
 
-# %% ../nbs/17_export.ipynb #81bdc88e
+# %% ../nbs/17_export.ipynb #5a1bbcac
 class ExportError(RuntimeError):
     "An exported file whose numbers are not the model's."
 
@@ -191,7 +191,7 @@ def _trace(graph: nn.Module, crop: int):  # -> onnx.ModelProto, the batch free
         part.doc_string = ""
     return proto
 
-# %% ../nbs/17_export.ipynb #cdf17853
+# %% ../nbs/17_export.ipynb #a518885d
 def export_onnx(
     scorer: Scorer,
     path: str | Path,     # .onnx; written whole or not at all
@@ -222,7 +222,7 @@ def check_onnx(
     batches: tuple[int, ...] = (1, 3, 20),
 ) -> pd.DataFrame:                          # crops (photographs, random bytes), batch, score, attention (largest absolute difference)
     "Run a file and the model in fp32 on the same crops."
-    other, p = OnnxScorer(path), scorer.policy
+    other, p = OnnxScorer(path, batch_size=max(batches)), scorer.policy
     model = scorer if not scorer.bf16 and scorer.device.type == "cpu" else Scorer(copy.deepcopy(scorer.model), p, device="cpu", amp="off")
     real = [cut(as_image(i), p) for i in pictures or map(photograph, ("coffee", "chelsea", "rocket", "camera"))]
     real = np.concatenate([c[np.linspace(0, len(c) - 1, -(-max(batches) // len(real))).astype(int)] for c in real])
@@ -234,7 +234,7 @@ def check_onnx(
             rows.append(dict(crops=kind, batch=n, score=apart[:, 0].max(), attention=apart[:, 1:].max(initial=0)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/17_export.ipynb #6fcca9f0
+# %% ../nbs/17_export.ipynb #95550b8d
 ENGINES = ("onnxruntime", "openvino")
 
 
@@ -263,7 +263,7 @@ def _openvino(path: Path, threads: int, precision: str):
         raise CheckpointError(f"{path}: cannot be read by OpenVINO ({type(e).__name__})") from None
     return lambda crops: [v.copy() for v in model(crops).to_tuple()], about
 
-# %% ../nbs/17_export.ipynb #f6a1900d
+# %% ../nbs/17_export.ipynb #6544594d
 class OnnxScorer(Scorer):
     "A scorer from a file of `export_onnx` or `quantise_onnx`, run by onnxruntime or OpenVINO on the CPU."
 
@@ -273,7 +273,7 @@ class OnnxScorer(Scorer):
         engine: str = "onnxruntime",   # or "openvino"
         threads: int = 0,              # 0: as many as the engine likes
         precision: str = "float32",    # OpenVINO alone: "bfloat16" or "float16" are faster where the processor has them, and less exact
-        batch_size: int = 32,          # crops
+        batch_size: int = 4,           # crops; few at a time stay in a processor's caches, and were faster
         level: float = 0.9,            # of the intervals
     ):
         path = Path(path)
@@ -285,7 +285,7 @@ class OnnxScorer(Scorer):
             raise CheckpointError(f"{path}: was not written by export_onnx: it does not say how pictures become crops")
         about = {k: json.loads(v) for k, v in about.items() if k in ("policy", "calibration", "info", "precision")}
         self.policy, self.info = Policy(**about["policy"]), about["info"] | dict(engine=engine, precision=about["precision"] if precision == "float32" else precision)
-        self.calibration = Calibration(**about["calibration"]) if about["calibration"] else None
+        self.calibration = Calibration(*(tuple(about["calibration"][k]) for k in ("weights", "residuals"))) if about["calibration"] else None
         self.device, self.bf16, self.batch_size, self.level, self.model = torch.device("cpu"), False, batch_size, level, None
         if self.calibration:
             self.calibration.interval([50.0], [1.0], level)
@@ -308,7 +308,7 @@ class OnnxScorer(Scorer):
         "Not to be had from an exported file: TypeError."
         raise TypeError("an exported model has no gradient: use create_scorer")
 
-# %% ../nbs/17_export.ipynb #f129c886
+# %% ../nbs/17_export.ipynb #36d187cf
 def _quantised_nodes(proto, crop: int, float_stages: int) -> list[str]:
     "Names of the backbone's convolutions, sums and activations whose maps are smaller than those of the stages that stay in fp32."
     sides = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in proto.graph.value_info}
@@ -343,11 +343,11 @@ def quantise_onnx(
 ):
     "Write a static int8 version of an exported convolutional model. Measure what it costs with `compare_engines`. ValueError where there is nothing to quantise."
     onnx, quantization, inference = _need("onnx", "onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
-    about, pictures, out = OnnxScorer(path), [as_image(p) for p in pictures], Path(out)
+    about, pictures, out = OnnxScorer(path), list(pictures), Path(out)
     if not pictures or float_stages not in range(4):
         raise ValueError(f"{len(pictures)} pictures, float_stages={float_stages}: give at least one picture, and 0 to 3 stages")
     each = max(1, -(-crops // len(pictures)))
-    found = (cut(p, about.policy) for p in pictures)
+    found = (cut(as_image(p), about.policy) for p in pictures)
     shown = np.concatenate([c[np.linspace(0, len(c) - 1, min(each, len(c))).round().astype(int)] for c in found])
     prepared = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -364,7 +364,7 @@ def quantise_onnx(
     onnx.helper.set_model_props(proto, told | dict(precision=json.dumps(f"int8 ({len(nodes)} nodes; heads and {float_stages} of 4 stages in float32)")))
     onnx.save(proto, out)
 
-# %% ../nbs/17_export.ipynb #fbd8155b
+# %% ../nbs/17_export.ipynb #80b05a80
 def compare_engines(
     scorers: dict[str, Scorer],    # by name; the first is what the others are compared with
     pictures: Iterable,
@@ -385,6 +385,8 @@ def compare_engines(
         score, second = np.transpose(rows[-len(scorers):])
         scores.append(score)
         seconds.append(second)
+    if len(scores) < 3:
+        raise ValueError(f"{len(scores)} pictures: a rank correlation needs three at least")
     scores, seconds = np.array(scores), np.array(seconds)  # (pictures, scorers)
     apart = np.abs(scores - scores[:, :1])
     table = pd.DataFrame(dict(speed=np.median(seconds[:, :1] / seconds, 0), mean_difference=apart.mean(0), largest_difference=apart.max(0),

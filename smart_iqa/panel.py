@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'sentence', 'quality_figure', 'ScorePanel']
 
-# %% ../nbs/18_panel.ipynb #864be1ab
+# %% ../nbs/18_panel.ipynb #be261ac7
 import html
 import io
 import math
@@ -20,7 +20,7 @@ from PIL import Image
 from .images import ImageError, load_image
 from .scoring import Score, Scorer, as_image, create_scorer
 
-# %% ../nbs/18_panel.ipynb #07cea58f
+# %% ../nbs/18_panel.ipynb #974e075d
 STAGES = ("1: grain", "2: texture", "3: parts", "4: scene")
 
 
@@ -61,7 +61,7 @@ def quality_figure(
         axes[2].tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/18_panel.ipynb #292935c5
+# %% ../nbs/18_panel.ipynb #319877ad
 def _ipywidgets():
     try:
         import ipywidgets
@@ -80,7 +80,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
         except ImageError as e:
             raise ImageError(str(e).replace(str(file), name)) from None
 
-# %% ../nbs/18_panel.ipynb #c5d73001
+# %% ../nbs/18_panel.ipynb #dac80297
 class ScorePanel:
     "A panel for a notebook: choose a photo; see score, interval, map and attention. ImportError without ipywidgets."
 

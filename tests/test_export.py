@@ -1,10 +1,12 @@
 """What leaves the package: hub folders, ONNX files and the panel. Numbers stay the model's, and what is hostile becomes a sentence."""
+import datetime
 import html
 import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,8 @@ def toy(**arguments) -> Scorer:
     """A small network, taught for some steps to see noise: an untrained one gives nearly the same score to every crop, and hides every fault."""
     torch.manual_seed(0)
     model = SmartIQA(backbone="test_efficientnet", dropout=0.0, **arguments)
+    for layer in getattr(model.hyper, "layers", []):
+        torch.nn.init.xavier_normal_(layer.weight, gain=4)  # torch's own start is nearly flat through five sigmoids, for longer than this
     policy, levels = Policy(110, "short", 96, 6), np.linspace(0, 90, 12)
     crops = normalise(torch.from_numpy(np.concatenate([cut(picture(k, noise=n), policy)[:2] for k, n in enumerate(levels)])).permute(0, 3, 1, 2))
     target = torch.from_numpy(np.repeat(95 - levels, 2)).float()
@@ -48,7 +52,7 @@ def toy(**arguments) -> Scorer:
 
 @pytest.fixture(scope="module")
 def photos():
-    return [picture(k, 150 + 30 * k, 130, 20.0 * k) for k in range(4)]
+    return [picture(0, 150, 130), picture(3, 240, 130, 60.0), photograph("coffee").resize((180, 120)), photograph("camera").resize((130, 130))]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +230,7 @@ def test_card(small, packaged, tmp_path):
     unknown = Scorer(small.model, small.policy, None, hostile, "cpu", "off")
     card = ModelCard(model_card(unknown))
     assert card.data.license == "other" and card.data.license_name.startswith("ask: us") and not card.data.datasets
-    assert "not calibrated" in card.text and "<script>" not in card.text and "x \\| y \\| \\| z" not in card.text and "x \\| y" in card.text
+    assert "not calibrated" in card.text and "<script>" not in card.text and "x \\| y \\| z" in card.text
 
 
 def test_own_readme_is_kept(small, tmp_path):
@@ -303,7 +307,8 @@ def test_panel_takes_uploads(panel, photos):
     """As the browser hands them over; the same file twice, too."""
     for _ in range(2):
         panel.text.value = ""
-        panel.upload.value = ({"name": "up.png", "type": "image/png", "size": 9, "content": memoryview(encoded(photos[1])), "last_modified": __import__("datetime").datetime(2020, 1, 1)},)
+        data = memoryview(encoded(photos[1]))
+        panel.upload.value = ({"name": "up.png", "type": "image/png", "size": len(data), "content": data, "last_modified": datetime.datetime(2020, 1, 1)},)
         assert says(panel).startswith("up.png:") and panel.upload.value == ()
 
 
@@ -320,7 +325,7 @@ def test_panel_and_hostile_bytes(panel, photos, name):
     """A sentence with the name that the user knows; no traceback, no markup, and not the picture of before."""
     panel.show(encoded(photos[0]))
     assert panel.show(HOSTILE[name], name) is None
-    assert name[:20] in says(panel) and "cannot" in says(panel) + "cannot" * ("too many pixels" in says(panel) or len(name) > 500)
+    assert name[:20] in says(panel) and any(word in says(panel) for word in ("cannot", "too many pixels", "yyyyy"))
     assert panel.text.value.count("<") == 2 and "tmp" not in says(panel) and panel.figure.layout.display == "none"
     assert panel.show(encoded(photos[0])) is not None and panel.figure.layout.display == "block"  # and goes on
 
@@ -347,8 +352,6 @@ def test_panel_without_gate_calibration_or_ipywidgets(photos, monkeypatch):
 
 def test_no_widget_state_in_the_notebook():
     """GitHub shows stored widgets as blanks."""
-    from pathlib import Path
-
     nb = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "18_panel.ipynb").read_text(encoding="utf-8"))
     assert "widgets" not in nb["metadata"]
     kinds = {kind for c in nb["cells"] for o in c.get("outputs", []) for kind in o.get("data", {})}
