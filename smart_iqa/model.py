@@ -7,7 +7,7 @@ __all__ = ['LDA_CHANNELS', 'LDA_GRIDS', 'LDA_OUT', 'GRID', 'HYPER', 'TARGET', 'D
            'HyperNet', 'PlainNet', 'target_net', 'SmartIQA', 'HyperIQA', 'native_name', 'CheckpointError',
            'build_model', 'find_checkpoint', 'load_checkpoint', 'save_checkpoint', 'read_about']
 
-# %% ../nbs/06_model.ipynb #853ef1b4
+# %% ../nbs/06_model.ipynb #605160a4
 import json
 import os
 import pickle
@@ -25,7 +25,7 @@ from torch import nn
 from .backbones import Backbone, WeightsError, freeze_norms, hub_answers, load_backbone_weights
 from .config import check_names
 
-# %% ../nbs/06_model.ipynb #c400a910
+# %% ../nbs/06_model.ipynb #0e75fa5b
 LDA_CHANNELS, LDA_GRIDS, LDA_OUT = (16, 32, 64), (8, 4, 2, 1), (16, 16, 16, 176)
 GRID = 7          # the hyper network's maps are 7 x 7
 HYPER = 112       # channels from which it writes the weights
@@ -45,7 +45,7 @@ class LocalDistortion(nn.Module):
         maps = [conv(p) for conv, p in zip(self.convs, pooled)] + [pooled[3]]
         return torch.cat([linear(m.flatten(1)) for linear, m in zip(self.linears, maps)], 1)
 
-# %% ../nbs/06_model.ipynb #ba2f7b2a
+# %% ../nbs/06_model.ipynb #2ff95e7a
 class Gate(nn.Module):
     "Channel attention over the stages: pooled last stage (B, C) to weights (B, 4) that sum to one."
 
@@ -59,7 +59,7 @@ class Gate(nn.Module):
     def forward(self, last: torch.Tensor) -> torch.Tensor:
         return self.net(last).softmax(1)
 
-# %% ../nbs/06_model.ipynb #4802d0e8
+# %% ../nbs/06_model.ipynb #a816fc95
 def _stem(channels: int, stem: tuple[int, ...], dropout: float) -> nn.Sequential:
     "Content maps (B, C, 7, 7) to (B, 112, 7, 7)."
     widths = (channels, *stem, HYPER)
@@ -91,7 +91,7 @@ class HyperNet(nn.Module):
     def last_bias(self) -> nn.Parameter:
         return self.biases[-1].bias
 
-# %% ../nbs/06_model.ipynb #dbfb2643
+# %% ../nbs/06_model.ipynb #470fbdb4
 class PlainNet(nn.Module):
     "As `HyperNet`, but the weights are the same for all crops: a plain regressor on distortion vector and content."
 
@@ -103,14 +103,14 @@ class PlainNet(nn.Module):
 
     def forward(self, content: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:  # (B,out,in), (B,out)
         c = self.content(self.stem(content).mean((2, 3)))
-        layers = [(m.weight.expand(len(c), -1, -1), m.bias.expand(len(c), -1)) for m in self.layers]
+        layers = [(m.weight.expand(c.shape[0], -1, -1), m.bias.expand(c.shape[0], -1)) for m in self.layers]
         return [(layers[0][0], layers[0][1] + c), *layers[1:]]
 
     @property
     def last_bias(self) -> nn.Parameter:
         return self.layers[-1].bias
 
-# %% ../nbs/06_model.ipynb #a7a3ec51
+# %% ../nbs/06_model.ipynb #4d890442
 def target_net(
     v: torch.Tensor,   # (B, 224) local distortion vectors
     layers: list[tuple[torch.Tensor, torch.Tensor]],  # (B, out, in) weights and (B, out) biases
@@ -125,7 +125,7 @@ def target_net(
         h = F.dropout(h, dropout, training) if k < 3 else h
     return h.flatten()
 
-# %% ../nbs/06_model.ipynb #4e235845
+# %% ../nbs/06_model.ipynb #87a2c7b1
 class _HyperModel(nn.Module):
     "What SmartIQA and HyperIQA share: backbone, pooling, heads, and the names of published checkpoints."
 
@@ -205,7 +205,7 @@ class _HyperModel(nn.Module):
         "As torch's; the key names of published checkpoints are understood too."
         return super().load_state_dict({native_name(k): v for k, v in state_dict.items()}, strict, assign)
 
-# %% ../nbs/06_model.ipynb #ef25b37a
+# %% ../nbs/06_model.ipynb #e773bb64
 DROPS = {"tiny": (0.2, 0.3), "small": (0.25, 0.35), "base": (0.3, 0.4), "lite": (0.0, 0.1)}  # drop path, dropout
 
 
@@ -235,7 +235,7 @@ class SmartIQA(_HyperModel):
         self.arguments = dict(method="smart", model_size=model_size, backbone=backbone, use_multiscale=use_multiscale,
                               use_attention=use_attention, drop_path=self_path, dropout=self_drop, head=head)
 
-# %% ../nbs/06_model.ipynb #fc499d29
+# %% ../nbs/06_model.ipynb #1c75ec05
 class HyperIQA(_HyperModel):
     "HyperIQA (Su et al., CVPR 2020): ResNet-50 and a hyper network on its last stage."
 
@@ -247,7 +247,7 @@ class HyperIQA(_HyperModel):
         super().__init__("resnet50", 0.0, 0.0, (1024, 512), False, False, pretrained, freeze_batchnorm)
         self.arguments = dict(method="hyperiqa")
 
-# %% ../nbs/06_model.ipynb #be1e1f49
+# %% ../nbs/06_model.ipynb #5c8a4151
 _PUBLISHED = [
     (r"^swin\.backbone\.", "backbone.model."),
     (r"^(?:swin|res)\.lda([1-3])_pool\.0\.", lambda m: f"lda.convs.{int(m[1]) - 1}."),
@@ -271,7 +271,7 @@ def native_name(
             return re.sub(pattern, ours, key)
     return key
 
-# %% ../nbs/06_model.ipynb #132c7de5
+# %% ../nbs/06_model.ipynb #561db181
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used; the message names the file and what is missing, extra or of the wrong shape."
 
@@ -298,7 +298,7 @@ def build_model(
     "A model by the name of its method."
     return HyperIQA(**arguments) if method == "hyperiqa" else SmartIQA(**arguments)
 
-# %% ../nbs/06_model.ipynb #a473a9dc
+# %% ../nbs/06_model.ipynb #8fd5e699
 def _read(path: Path) -> tuple[dict, dict]:
     "Tensors of a checkpoint file and the arguments in its header (empty where it has none). Code is never run."
     if not path.is_file():
@@ -381,7 +381,7 @@ def load_checkpoint(
     model.load_state_dict(state)
     return model.to(device).eval()
 
-# %% ../nbs/06_model.ipynb #59f0a9a2
+# %% ../nbs/06_model.ipynb #bfbd6946
 def save_checkpoint(
     model: _HyperModel,
     path: str | Path,            # .safetensors; written whole or not at all

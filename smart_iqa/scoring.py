@@ -6,7 +6,8 @@
 __all__ = ['MAX_COLUMNS', 'as_image', 'Policy', 'layout', 'cut', 'Score', 'Scorer', 'create_scorer', 'save_scorer', 'QualityMap',
            'quality_map', 'differentiable_score']
 
-# %% ../nbs/15_scoring.ipynb #bf8120ff
+# %% ../nbs/15_scoring.ipynb #8ea5da62
+import importlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,7 @@ from .images import MAX_PIXELS, ImageError, load_image, resize, resized_size, to
 from .intervals import Calibration, calibrate
 from .model import find_checkpoint, load_checkpoint, read_about, save_checkpoint
 
-# %% ../nbs/15_scoring.ipynb #8b4a090c
+# %% ../nbs/15_scoring.ipynb #c9c782e3
 def _array_to_image(a: np.ndarray) -> Image.Image:
     "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16, bool or floats within 0-1."
     if a.ndim == 3 and a.shape[2] == 1:
@@ -68,7 +69,7 @@ def as_image(
         raise ImageError(f"a {type(picture).__name__} is no picture: give a path, a PIL image, an array or a tensor")
     return to_rgb(picture)
 
-# %% ../nbs/15_scoring.ipynb #4b7e5b85
+# %% ../nbs/15_scoring.ipynb #618a8443
 @dataclass(frozen=True)
 class Policy:
     "How a picture becomes crops. It defines every score."
@@ -112,7 +113,7 @@ def cut(
     boxes = [(x * sx, y * sy, min((x + c) * sx, img.width), min((y + c) * sy, img.height)) for y, x in corners]
     return np.stack([np.asarray(img.resize((c, c), Image.Resampling.BILINEAR, box=b)) for b in boxes])
 
-# %% ../nbs/15_scoring.ipynb #1ac4a342
+# %% ../nbs/15_scoring.ipynb #ae604552
 @dataclass(frozen=True)
 class Score:
     "What a model says of one picture."
@@ -207,6 +208,15 @@ class Scorer:
             found.append(got)
         return found
 
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        "Write model.safetensors and a README.md for the Hugging Face hub; see `smart_iqa.export.save_pretrained`."
+        return importlib.import_module("smart_iqa.export").save_pretrained(self, folder, dtype)
+
+    @staticmethod
+    def from_pretrained(name: str | Path, **options) -> "Scorer":
+        "The same as `create_scorer`."
+        return create_scorer(name, **options)
+
     def table(self, pictures: Iterable) -> pd.DataFrame:  # score, std, low, high, width, height, a1 ... a4; a row a picture
         "As `details`, as a frame."
         rows = [vars(s) | {f"a{k}": a for k, a in enumerate(s.attention, 1)} for s in self.details(pictures)]
@@ -222,7 +232,7 @@ def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, n: int) -> Itera
         running += [pool.submit(function, item) for item in islice(items, 1)]
         yield result
 
-# %% ../nbs/15_scoring.ipynb #4b69c18d
+# %% ../nbs/15_scoring.ipynb #0c1f8b2a
 def _about_run(folder: Path) -> dict:
     "Policy, calibration and card of a training run, from its records."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -244,7 +254,7 @@ def create_scorer(
     path = find_checkpoint(model)
     loaded = load_checkpoint(path)
     about = read_about(path) or (_about_run(path.parent) if (path.parent / "config.json").exists() else {})
-    calibration = Calibration(**about["calibration"]) if about.get("calibration") else None
+    calibration = Calibration(**{k: tuple(v) for k, v in about["calibration"].items()}) if about.get("calibration") else None
     info = about.get("info") or dict(name=path.name, note="this checkpoint does not say how it was trained: scored by the default picture policy")
     return Scorer(loaded, Policy(**about.get("policy", {})), calibration, info, device, **options)
 
@@ -258,7 +268,7 @@ def save_scorer(
     about = dict(policy=asdict(scorer.policy), calibration=asdict(scorer.calibration) if scorer.calibration else None, info=scorer.info)
     save_checkpoint(scorer.model, path, about, dtype)
 
-# %% ../nbs/15_scoring.ipynb #b258f365
+# %% ../nbs/15_scoring.ipynb #f7ca71b7
 @dataclass(frozen=True)
 class QualityMap:
     "Scores of a picture's crops, where they lie; `score` is their mean."
@@ -321,7 +331,7 @@ def quality_map(
 
 Scorer.map = quality_map
 
-# %% ../nbs/15_scoring.ipynb #8741a6a7
+# %% ../nbs/15_scoring.ipynb #1d5cd8e1
 def differentiable_score(
     scorer: Scorer,
     x: torch.Tensor,           # (B, 3, H, W) RGB within 0-1
