@@ -6,7 +6,7 @@
 __all__ = ['NOT_PIXELS', 'COLUMNS', 'SORTS', 'picture_suffixes', 'Found', 'printable', 'find_pictures', 'split_names', 'Journal',
            'read_scores', 'model_id', 'score_files', 'pick_rows', 'table_text', 'write_maps', 'contact_sheet']
 
-# %% ../nbs/16_folders.ipynb #5aea0cfa
+# %% ../nbs/16_folders.ipynb #d9316835
 import base64
 import csv
 import hashlib
@@ -32,7 +32,7 @@ from .images import ImageError, load_image
 from .records import write_whole
 from .scoring import Score, Scorer, _ahead
 
-# %% ../nbs/16_folders.ipynb #242f1704
+# %% ../nbs/16_folders.ipynb #c69fdcc3
 NOT_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
 
 
@@ -40,7 +40,7 @@ def picture_suffixes() -> set[str]:
     "Suffixes, in small letters, of the files that are scored in a folder."
     return {s for s, kind in Image.registered_extensions().items() if kind not in NOT_PIXELS} | {".heic", ".heif", ".hif"}
 
-# %% ../nbs/16_folders.ipynb #8685a204
+# %% ../nbs/16_folders.ipynb #ee3b314c
 @dataclass(frozen=True)
 class Found:
     "A picture to be scored, or something asked for that is not there."
@@ -64,7 +64,7 @@ def printable(text: str) -> str:
     "Text for a terminal or a page: line feeds, escape codes and marks that turn the writing direction are shown, not obeyed."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-# %% ../nbs/16_folders.ipynb #2c06feb9
+# %% ../nbs/16_folders.ipynb #5fbc01b9
 def _is_picture(name: str, suffixes: set[str]) -> bool:
     "Whether a file in a folder is to be scored, by its name."
     of_map = name.lower().endswith(".map.png") and os.path.splitext(name[:-8])[1].lower() in suffixes
@@ -100,7 +100,7 @@ def _walk(root: str, recursive: bool) -> list[Found]:
             found += [Found(_tidy(os.path.join(folder, n)), root) for n in files if _is_picture(n, suffixes)]
     return sorted(found, key=lambda f: f.path)
 
-# %% ../nbs/16_folders.ipynb #b6a2bbb0
+# %% ../nbs/16_folders.ipynb #1ccd40ad
 def _match(pattern: str) -> tuple[str, list[str]]:  # the folder that the pattern starts from, what matches
     "Expand a pattern; `**` follows no links, hidden names match only where the pattern names them."
     parts = Path(os.path.expanduser(pattern)).parts
@@ -148,7 +148,7 @@ def split_names(
     lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     return [os.fsdecode(line) for line in lines if line]
 
-# %% ../nbs/16_folders.ipynb #2d3fec57
+# %% ../nbs/16_folders.ipynb #308f4bf5
 COLUMNS = dict(file=str, score=float, low=float, high=float, level=float, std=float, width=int, height=int,
                bytes=int, modified=str, model=str, error=str)
 _BEGINS = {".csv": ",".join(COLUMNS), ".jsonl": '{"file": '}
@@ -190,7 +190,7 @@ def _as_frame(rows: list[dict]) -> pd.DataFrame:
     types = {k: {str: "str", float: "float64", int: "Int64"}[kind] for k, kind in COLUMNS.items()}
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
-# %% ../nbs/16_folders.ipynb #926e7534
+# %% ../nbs/16_folders.ipynb #18a50034
 class Journal:
     "The rows of an output file, appended one by one and put in order at the end."
 
@@ -251,7 +251,7 @@ def read_scores(
         raise ValueError(f"{path}: no such file")
     return _as_frame(Journal(path).read())
 
-# %% ../nbs/16_folders.ipynb #2776e8c7
+# %% ../nbs/16_folders.ipynb #5f46f05e
 def model_id(scorer: Scorer) -> str:
     "Name and fingerprint of all that defines a scorer's numbers, e.g. smart-lite@0123456789."
     rules = [asdict(scorer.policy), asdict(scorer.calibration) if scorer.calibration else None]
@@ -260,7 +260,7 @@ def model_id(scorer: Scorer) -> str:
         digest.update(name.encode() + t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{scorer.info.get('name', type(scorer.model).__name__)}@{digest.hexdigest()[:10]}"
 
-# %% ../nbs/16_folders.ipynb #b48e4e41
+# %% ../nbs/16_folders.ipynb #963ca4f8
 def _stamp(path: str) -> tuple:  # bytes, modified; None and "" where there is no file
     "What tells whether a file has changed."
     at = _stat(path)
@@ -317,7 +317,7 @@ def score_files(
     frame.attrs["kept"] = kept
     return frame
 
-# %% ../nbs/16_folders.ipynb #38b143b5
+# %% ../nbs/16_folders.ipynb #abb6f159
 SORTS = dict(found=None, score=("score", False), name=("file", True), size=("pixels", False), interval=("wide", True))
 
 
@@ -355,7 +355,7 @@ def table_text(
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     return "\n".join("  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths)), row[3]]) for row in rows)
 
-# %% ../nbs/16_folders.ipynb #c02eb41c
+# %% ../nbs/16_folders.ipynb #1d7f0620
 def _below(found: list[Found]) -> Iterator[Path]:
     "For each picture its path below the folder that all were looked for in."
     roots = {os.path.abspath(f.root) for f in found}
@@ -399,7 +399,7 @@ def write_maps(
             failed.append(f"{f.file}: no map ({e})")
     return failed
 
-# %% ../nbs/16_folders.ipynb #840dd56d
+# %% ../nbs/16_folders.ipynb #d2615690
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1c1d20;--bg:#fff;--dim:#63666d;--card:#f3f4f6;--line:#d5d7db;--mark:#2563a8}
 @media(prefers-color-scheme:dark){:root{--fg:#e6e7e9;--bg:#17181a;--dim:#9da1a8;--card:#222427;--line:#3b3e43;--mark:#7db4f0}}
