@@ -6,7 +6,7 @@
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'run_id',
            'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'keep_memory', 'track']
 
-# %% ../nbs/00_config.ipynb #274218bc
+# %% ../nbs/00_config.ipynb #e60b48f6
 import contextlib
 import ctypes
 import difflib
@@ -24,25 +24,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_config.ipynb #7d872ed6
+# %% ../nbs/00_config.ipynb #a471190d
 @dataclass(frozen=True)
 class Config:
     "Every parameter of a run. `None` for a path means *not given*."
     profile: str = "paper"         # the set of values that this list started from
     # data
-    dataset: str = "koniq-10k"     # koniq-10k, biq2021, csv or demo
+    dataset: str = "koniq-10k"     # a name from `sets.FACTS`: koniq-10k, spaq, kadid-10k, ..., csv or demo
     root: str | None = None        # folder of the image set; the demo set finds its own
     labels: str | None = None      # the file with the labels of a csv set (CSV, Parquet, JSON or xlsx)
     image_column: str | None = None  # its column of file names; None: the first usual name found
     score_column: str | None = None  # its column of scores; None: the first usual name found
     score_range: str | None = None   # its declared range, worst to best, as "0,1" or "5,1" (lower is better)
-    split: str = "official"        # official, paper (KonIQ's 7,046 / 2,010 list), random, or none (all pictures are test)
+    include: str | None = None     # use only the images whose path matches this pattern, such as "*/ss01*"
+    split: str = "official"        # official, paper (the paper's lists), random, none (all pictures are test), or a split file (.csv)
     split_seed: int = 0            # which random split, and which validation part where the set has none
     val_fraction: float = 0.1      # part of the training images kept for choosing, where the set has no such part
     test_fraction: float = 0.2     # part of all images kept for the test by a random split
     cal_fraction: float = 0.0      # part of the training images kept for calibrating intervals, and used for nothing else
     open_test: bool = True         # report the test part; False while recipes are still being compared
-    group_duplicates: bool = True  # look for near-duplicates; keep them on one side, mark those in the official test
+    group_duplicates: bool = True  # look for near-duplicates; keep them on one side of random splits, and see those that cross another
+    leaks: str = "auto"            # the same scene on both sides: mark (and leave out of the headline), error, or auto: official splits are marked
     limit: int = 0                 # use only this many images of each split (0: all), for trying things out
     on_error: str = "raise"        # raise, or skip: missing and unreadable images are left out and recorded
     # picture policy: it defines every score
@@ -101,7 +103,7 @@ class Config:
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
-# %% ../nbs/00_config.ipynb #1230eb4f
+# %% ../nbs/00_config.ipynb #2598fadf
 MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
@@ -118,9 +120,9 @@ PROFILES = {
 }
 LEGACY = dict(fit="squash", test_positions="random")
 
-# %% ../nbs/00_config.ipynb #42b07dea
+# %% ../nbs/00_config.ipynb #8ea76557
 _TYPES = {f.name: f.type for f in fields(Config)}
-_CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), on_error=("raise", "skip"),
+_CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), leaks=("auto", "error", "mark"), on_error=("raise", "skip"),
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"), head=("hyper", "plain"),
                 optimizer=("adamw", "adam"), schedule=("cosine", "step", "constant", "hyperiqa"),
                 protocol=("default", "legacy"), amp=("auto", "on", "off"))
@@ -143,7 +145,7 @@ def _convert(name: str, value):
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
-# %% ../nbs/00_config.ipynb #9dc2ab1c
+# %% ../nbs/00_config.ipynb #01952456
 def check_names(
     names,    # names that somebody used
     allowed,  # names that exist
@@ -156,7 +158,7 @@ def check_names(
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(allowed)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
 
-# %% ../nbs/00_config.ipynb #8bf8d242
+# %% ../nbs/00_config.ipynb #f3a805f8
 def make_config(
     profile: str = "paper",  # a name from PROFILES
     **values,                # any field of `Config`; None keeps the profile's value
@@ -168,7 +170,7 @@ def make_config(
     legacy = LEGACY if given.get("protocol") == "legacy" else {}
     cfg = Config(**{"profile": profile, **PROFILES[profile], **legacy, **given})
     for name, choices in _CHOICES.items():
-        if getattr(cfg, name) not in choices:
+        if getattr(cfg, name) not in choices and not (name == "split" and cfg.split.endswith(".csv")):
             raise ValueError(f"{name}={getattr(cfg, name)!r}: choose one of {', '.join(choices)}")
     for name in _POSITIVE:
         if not 0 < getattr(cfg, name) < float("inf"):
@@ -183,7 +185,7 @@ def make_config(
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
     return cfg
 
-# %% ../nbs/00_config.ipynb #3c413a0b
+# %% ../nbs/00_config.ipynb #8f1079d3
 def fingerprint(
     value,            # anything that json can write
     length: int = 10, # hexadecimal digits
@@ -193,7 +195,7 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-FILES = ("pretrained", "init", "teacher")  # files that define a run: by what is in them, not by where they lie
+FILES = ("pretrained", "init", "teacher", "split")  # files that define a run: by what is in them, not by where they lie
 
 
 def _content(value: str | None) -> str | None:
@@ -214,7 +216,7 @@ def run_id(
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
     return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([what, data])}"
 
-# %% ../nbs/00_config.ipynb #3ddfc92f
+# %% ../nbs/00_config.ipynb #89bfc4fc
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
@@ -235,7 +237,7 @@ def pick_device(
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_config.ipynb #2e766042
+# %% ../nbs/00_config.ipynb #a8a5686d
 def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
@@ -257,7 +259,7 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #4db8ab47
+# %% ../nbs/00_config.ipynb #2fdb156c
 def keep_memory():
     "Let glibc keep freed memory for the next step instead of returning it. Does nothing where there is no glibc."
     if platform.libc_ver()[0] == "glibc":
@@ -265,7 +267,7 @@ def keep_memory():
         libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap is not trimmed
 
-# %% ../nbs/00_config.ipynb #aa005f60
+# %% ../nbs/00_config.ipynb #33b1cad5
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
 

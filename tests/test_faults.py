@@ -21,11 +21,12 @@ from scipy.stats import ConstantInputWarning
 
 from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache, grid_plan, random_plan
-from smart_iqa.data import DataError, load_set
+from smart_iqa.data import load_set
 from smart_iqa.images import ImageError, load_image, resize
 from smart_iqa.metrics import evaluate
 from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_checkpoint
 from smart_iqa.records import open_run, read_lines
+from smart_iqa.sets import DataError
 from smart_iqa.solver import Solver, TrainingError, predict
 
 as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
@@ -175,7 +176,7 @@ BROKEN = {
     "empty file": (lambda: b"", "cannot be decoded"),
     "header alone": (lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "cannot be decoded"),
     "bomb of 3.6 gigapixels": (lambda: _png_header(60000, 60000), "too many pixels"),
-    "bomb of 100 megapixels": (lambda: _png_header(10000, 10000), "too many pixels"),  # Pillow only warns of this one
+    "bomb of 196 megapixels": (lambda: _png_header(14000, 14000), "too many pixels"),
     "a directory": (None, "cannot be decoded"),
 }
 

@@ -193,7 +193,7 @@ HOSTILE = {
     "page.jpg": (b"<!doctype html><title>404</title>", "text, no picture"),
     "noise.png": (bytes(range(256)) * 4, "no picture that Pillow knows"),
     "bomb.png": (raw_png(60000, 60000, 8, 2, [b"\0" * 100]), "too many pixels"),
-    "real_bomb.png": (raw_png(12000, 12000, 1, 0, [bytes(1500)] * 12000), "too many pixels"),
+    "real_bomb.png": (raw_png(14000, 14000, 1, 0, [bytes(1750)] * 14000), "too many pixels"),
     "text_bomb.png": (raw_png(8, 8, 8, 0, [bytes(8)] * 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))), "cannot be decoded"),
     "phone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pip install pillow-heif"),
     "raw.tif": (saved(PHOTO.resize((40, 30)), "TIFF", tiffinfo={254: 1}), "thumbnail"),
@@ -205,7 +205,7 @@ LOSSY = {"plain.jpg", "LOUD.JPG", "cmyk.jpg", "turned.jpg", "two.mpo", "panorama
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """All of them in one folder. (`real_bomb.png` makes Pillow warn; in the command that is off.)"""
+    """All of them in one folder."""
     folder = tmp_path_factory.mktemp("hostile")
     for name, (data, _) in HOSTILE.items():
         (folder / name).write_bytes(data)
@@ -735,3 +735,35 @@ def test_library_use(photos, toy):
         read_scores("s.csv")
     with pytest.raises(ImageError):
         toy("photos/broken.jpg")
+
+
+def test_medium_format_photograph_has_a_score_and_no_warning(model_file, tmp_path):
+    """100 megapixels, of which Pillow warns. (pytest resets the filters of warnings: a process of its own.)"""
+    Image.new("L", (11648, 8736), 90).save(tmp_path / "large.jpg")
+    Image.new("L", (1456, 1092), 90).save(tmp_path / "small.jpg")
+    command = [sys.executable, "-c", "import sys; from smart_iqa.cli import main; sys.exit(main(sys.argv[1:]))", "score", "--quiet", "--model", model_file]
+    done = subprocess.run([*command, "--out", str(tmp_path / "s.csv"), str(tmp_path)], capture_output=True, text=True)
+    table = read_scores(tmp_path / "s.csv")
+    assert done.returncode == 0 and "ecompression" not in done.stderr and table.width.tolist() == [11648, 1456]
+    assert abs(table.score[0] - table.score[1]) < 0.5
+
+
+def test_two_commands_on_one_table(toy, photos, tmp_path):
+    """The second says so and leaves the table alone; when the first has ended, it goes on."""
+    out, code = tmp_path / "s.csv", """
+import sys, time
+from smart_iqa.folders import _alone
+with _alone(sys.argv[1]):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ValueError, match="another process"):
+            score_files(toy, [str(photos)], out)
+        assert not out.exists()
+    finally:
+        other.kill()
+        other.wait()
+    assert len(score_files(toy, [str(photos)], out)) == len(read_scores(out)) > 0
