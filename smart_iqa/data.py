@@ -7,7 +7,7 @@ __all__ = ['HASH_BITS', 'THUMB_CORRELATION', 'NO_SKETCH', 'ImageSet', 'settle', 
            'take_groups', 'assign_splits', 'save_split', 'read_split', 'random_splits', 'check_leaks', 'check_parts',
            'read_set', 'load_set', 'duplicate_pairs', 'duplicate_groups', 'name_pairs', 'leaked']
 
-# %% ../nbs/04_data.ipynb #735c161a
+# %% ../nbs/04_data.ipynb #edea0b00
 import fnmatch
 import os
 import posixpath
@@ -27,7 +27,7 @@ from .demo import DEMO_NOTE
 from .images import load_image
 from .sets import FACTS, LOADERS, DataError, read_labels
 
-# %% ../nbs/04_data.ipynb #9a5c4994
+# %% ../nbs/04_data.ipynb #dae5b9a1
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -50,7 +50,7 @@ class ImageSet:
         "A hash of the table's content; it names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False, lineterminator="\n"))
 
-# %% ../nbs/04_data.ipynb #4dc713e3
+# %% ../nbs/04_data.ipynb #d7e29a36
 def settle(
     problems: list[tuple[str, str]],  # (image, reason)
     on_error: str,                    # "raise" or "skip"
@@ -65,7 +65,7 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/04_data.ipynb #60fd4282
+# %% ../nbs/04_data.ipynb #821bb038
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
     t = raw.reset_index(drop=True).copy()
@@ -106,7 +106,7 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
     missing += [(images[i], f"is {found[i]} under another name") for i in np.flatnonzero(again)]
     return found, missing
 
-# %% ../nbs/04_data.ipynb #39ed045a
+# %% ../nbs/04_data.ipynb #9ef6a475
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -165,7 +165,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/04_data.ipynb #8b60322c
+# %% ../nbs/04_data.ipynb #a6e8154b
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -206,7 +206,7 @@ def assign_splits(
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.cal_fraction, [cfg.split_seed, 2])]] = "cal"
     return split
 
-# %% ../nbs/04_data.ipynb #0fe1942f
+# %% ../nbs/04_data.ipynb #bec61e28
 def save_split(
     found: ImageSet,
     path: str | Path,  # .csv
@@ -237,7 +237,7 @@ def read_split(
                             f"(include= takes a part of a set)")
     return part[images].to_numpy()
 
-# %% ../nbs/04_data.ipynb #0374d87f
+# %% ../nbs/04_data.ipynb #78beaa17
 def random_splits(
     found: ImageSet,
     cfg: Config,  # test_fraction, val_fraction, cal_fraction; split_seed of the first one, 0 by default
@@ -250,7 +250,7 @@ def random_splits(
         sets.append(replace(found, table=table))
     return sets
 
-# %% ../nbs/04_data.ipynb #8886bf7d
+# %% ../nbs/04_data.ipynb #91a30636
 def check_leaks(
     found: ImageSet,
 ):
@@ -265,7 +265,7 @@ def check_leaks(
     raise DataError(f"{found.name} in {found.root}: the split leaks, {len(both)} references and {len(pairs)} pairs of near-duplicates lie on both "
                     "sides:\n" + "\n".join(lines) + "\nMend the split, use split='random', or go on with leaks='mark': the headline is then told without them.")
 
-# %% ../nbs/04_data.ipynb #dd56d7bd
+# %% ../nbs/04_data.ipynb #3c98812b
 def check_parts(
     found: ImageSet,
     expected=("train", "val", "test"),  # the parts that must be there
@@ -311,11 +311,12 @@ def load_set(
     table["split"] = assign_splits(table, cfg, group_pairs(table.ref, pairs))
     if cfg.group_duplicates:
         found.duplicates = name_pairs(pairs, table)
-    if cfg.leaks == "error" or cfg.leaks == "auto" and (cfg.split.endswith(".csv") or cfg.dataset == "csv"):
+    if cfg.leaks == "error" or (cfg.leaks == "auto" and (cfg.split.endswith(".csv") or cfg.dataset == "csv")):
         check_leaks(found)
     if cfg.limit:
         found.table = table.groupby("split", sort=False).head(cfg.limit).reset_index(drop=True)
-    check_parts(found, ("test",) if cfg.split == "none" else ("train", "val", "test") + ("cal",) * bool(cfg.cal_fraction))
+    only_test = cfg.split == "none" or (cfg.split == "paper" and (found.table.split == "test").all())  # most of the paper's lists
+    check_parts(found, ("test",) if only_test else ("train", "val", "test") + ("cal",) * bool(cfg.cal_fraction))
     return found
 
 
@@ -382,3 +383,10 @@ def leaked(
         return same
     a, b = d.split_a == "test", d.split_b == "test"
     return same | set(d.image_a[a & ~b]) | set(d.image_b[b & ~a])
+
+# %% ../nbs/04_data.ipynb #22dca3ea
+def __getattr__(name: str):  # lazy: an import at the top would be a circle, data -> original -> crops -> data
+    if name == "DataLoader":
+        from smart_iqa.original import DataLoader
+        return DataLoader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -626,7 +626,7 @@ def test_half_written_cache_is_made_again(folder, tmp_path):
     feed.cache.path.write_bytes(whole[:1000])
     _, feed, _ = prepare(small_config(folder, cache=str(cache)))
     assert feed.cache.path.read_bytes() == whole
-    assert sorted(p.suffix for p in cache.iterdir()) == [".csv", ".json", ".u8"]
+    assert sorted(p.suffix for p in cache.iterdir()) == [".csv", ".json", ".lock", ".u8"]
 
 
 def test_picture_that_changed_is_decoded_again(folder):

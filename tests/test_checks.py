@@ -1,0 +1,634 @@
+"""`smart-iqa data`: damaged copies of sets and what is said about them, fetching that is killed, splits as files, exit codes."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import picture
+from PIL import Image
+from test_biq2021 import ROOT as BIQ
+from test_biq2021 import needs_biq
+
+from smart_iqa import checks
+from smart_iqa.checks import FACTS, MAX_LINES, check_set, fetch_set, find_lines, look
+from smart_iqa.cli import main
+from smart_iqa.config import make_config
+from smart_iqa.data import load_set, read_split, sketch
+from smart_iqa.images import load_image
+
+N = dict(train=26, val=6, test=8)
+
+
+def labels_of(root: Path) -> pd.DataFrame:
+    return pd.read_csv(root / "labels.csv", dtype=object)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory):
+    """Forty pictures that are all different and their labels on 1-5, with a split."""
+    root = tmp_path_factory.mktemp("sound")
+    for k in range(40):
+        picture(k, 96 + 8 * (k % 3), 80, 4).save(root / f"p{k:02d}.jpg", quality=92)
+    mos = np.random.default_rng(3).uniform(1.2, 4.8, 40).round(2)
+    split = [part for part, n in N.items() for _ in range(n)]
+    pd.DataFrame(dict(image=[f"p{k:02d}.jpg" for k in range(40)], mos=mos, split=split)).to_csv(root / "labels.csv", index=False)
+    return root
+
+
+@pytest.fixture
+def root(sound, tmp_path):
+    """A copy to harm."""
+    return Path(shutil.copytree(sound, tmp_path / "set"))
+
+
+def config(root, **values):
+    return make_config("paper", **dict(dataset="csv", root=str(root), labels="labels.csv", score_range="1,5") | values)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command in this process: exit code, stdout, stderr."""
+    def command(*words):
+        capsys.readouterr()
+        try:
+            code = main(["data", *map(str, words)])
+        except SystemExit as e:
+            code = e.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+    return command
+
+
+def check_words(root, *more):
+    return ("check", "csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--quiet", *more)
+
+
+# ---- a sound set
+
+
+def test_sound_set(root, run):
+    code, out, err = run(*check_words(root))
+    assert code == 0 and out.splitlines()[0].endswith(": fine") and err == ""
+    assert "40 can be used of 40" in out and "train 26, val 6, test 8" in out and "PROBLEM" not in out and "WARNING" not in out
+    assert "1 (worst) to 5 (best)" in out and re.search(r"\d+ pictures a second", out)
+    assert "96 x 80 to 112 x 80" in out and "RGB 40; JPEG 40" in out
+
+
+def test_each_picture_is_decoded_once(root, monkeypatch):
+    """The readability check and the search for near-duplicates share the pixels, and `load_set` finds the pairs afterwards."""
+    import smart_iqa.data as data
+
+    opened = []
+    monkeypatch.setattr(checks, "load_image", lambda p: opened.append(Path(p).name) or load_image(p))
+    monkeypatch.setattr(data, "load_image", lambda p: pytest.fail("decoded a second time"))
+    load_image(root / "p05.jpg").save(root / "p39.jpg", quality=50)  # one pair
+    report = check_set(config(root))
+    assert sorted(opened) == [f"p{k:02d}.jpg" for k in range(40)]
+    found = load_set(config(root, leaks="mark"))
+    assert len(found.duplicates) == len(report.pairs) == 1 and set(report.pairs.iloc[0][["image_a", "image_b"]]) == {"p05.jpg", "p39.jpg"}
+
+
+def test_sketch_of_a_look_is_the_sketch_of_the_picture(root):
+    facts, (bits, thumb) = look(root / "p04.jpg")
+    want = sketch(load_image(root / "p04.jpg"))
+    assert bits == want[0] and (thumb == want[1]).all() and facts["width"] == 104 and facts["error"] == ""
+
+
+def test_nothing_is_changed(root):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.iterdir()}
+    check_set(config(root))
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.iterdir()} == before
+
+
+# ---- one damage at a time: (what is done, kind, level, words of the report)
+
+
+def lose(root):
+    (root / "p17.jpg").unlink()
+
+
+def tear(root):
+    data = (root / "p17.jpg").read_bytes()
+    (root / "p17.jpg").write_bytes(data[: len(data) * 2 // 3])
+
+
+def empty(root):
+    (root / "p17.jpg").write_bytes(b"")
+
+
+def web_page(root):
+    (root / "p17.jpg").write_text("<html>404 Not Found</html>")
+
+
+def other_case(root):
+    (root / "p17.jpg").rename(root / "P17.JPG")
+
+
+def copy_bytes(root):
+    shutil.copy(root / "p03.jpg", root / "p17.jpg")
+
+
+def leak(root):
+    load_image(root / "p03.jpg").resize((80, 64), Image.Resampling.BICUBIC).save(root / "p36.jpg", quality=55)
+
+
+def stray(root):
+    picture(77).save(root / "stray.PNG")
+    (root / "notes.txt").write_text("no picture")
+
+
+def edit(root, change):
+    t = labels_of(root)
+    change(t)
+    t.to_csv(root / "labels.csv", index=False)
+
+
+def set_label(value, row=17):
+    return lambda root: edit(root, lambda t: t.__setitem__("mos", [*t.mos[:row], value, *t.mos[row + 1:]]))
+
+
+def twice(root):
+    edit(root, lambda t: t.__setitem__("image", [*t.image[:17], "p03.jpg", *t.image[18:]]))
+
+
+def constant(root):
+    edit(root, lambda t: t.__setitem__("mos", "3"))
+
+
+def no_test(root):
+    edit(root, lambda t: t.__setitem__("split", t.split.replace("test", "train")))
+
+
+def typo_in_split(root):
+    edit(root, lambda t: t.__setitem__("split", ["trian", *t.split[1:]]))
+
+
+def half_a_split(root):
+    edit(root, lambda t: t.__setitem__("split", [None, None, *t.split[2:]]))
+
+
+def references(root):
+    edit(root, lambda t: t.insert(1, "ref", ["wall", *t.image[1:36], "wall", *t.image[37:]]))
+
+
+def narrow(root):
+    edit(root, lambda t: t.__setitem__("mos", [str(round(1 + float(m) / 100, 4)) for m in t.mos]))
+
+
+DAMAGES = [
+    (lose, "missing", "problem", ("labels.csv line 19: p17.jpg: no such file", "copy them again", "--partial")),
+    (tear, "unreadable", "problem", ("labels.csv line 19: p17.jpg: cannot be decoded", "truncated", "--on-error skip")),
+    (empty, "unreadable", "problem", ("p17.jpg: cannot be decoded (the file is empty)",)),
+    (web_page, "unreadable", "problem", ("p17.jpg: cannot be decoded (text, no picture)",)),
+    (other_case, "case", "warning", ("labels.csv line 19: p17.jpg: the file is P17.JPG",)),
+    (copy_bytes, "copies", "warning", ("p17.jpg: the same bytes as p03.jpg", "points apart in their labels")),
+    (leak, "leak", "problem", ("p36.jpg: nearly p03.jpg (train)", "--split random")),
+    (stray, "extra", "warning", ("stray.PNG: no row of the labels names it",)),
+    (set_label("5.4"), "label", "problem", ("labels.csv line 19: p17.jpg: label 5.4 is outside the declared 1 to 5", "fresh copy")),
+    (set_label("3,4"), "label", "problem", ("labels.csv line 19: p17.jpg: label '3,4' is not a number",)),
+    (set_label(""), "label", "problem", ("labels.csv line 19: p17.jpg: label '' is not a number",)),
+    (set_label("3.4142135"), "rounding", "warning", ("labels.csv line 19: p17.jpg: label 3.4142135; the others have 2 decimals",)),
+    (twice, "twice", "problem", ("labels.csv line 5 and line 19: p03.jpg: named twice", "delete the rows")),
+    (constant, "constant", "problem", ("all 40 labels are 3", "--score-column")),
+    (no_test, "split", "problem", ("the test part has 0 images", "--split random")),
+    (typo_in_split, "split", "problem", ("trian",)),
+    (half_a_split, "split", "problem", ("2 of 40 images have no official split",)),
+    (references, "reference", "problem", ("wall: in the test part and outside of it",)),
+    (narrow, "range", "warning", ("they use 0 to 1 of 0-100", "--score-range")),
+]
+IDS = [d[0].__name__ if d[0].__name__ != "<lambda>" else f"label-{k}" for k, d in enumerate(DAMAGES)]
+
+
+@pytest.mark.parametrize("harm, kind, level, words", DAMAGES, ids=IDS)
+def test_damage(root, harm, kind, level, words):
+    """Exactly this is found, it is told with file, line and mend, and it decides the exit code."""
+    harm(root)
+    report = check_set(config(root))
+    found = report.findings[report.findings.kind == kind]
+    assert len(found) == 1 and list(found.level) == [level], report
+    by_the_way = {"copies": {"rounding"}, "twice": {"extra"}, "constant": set()}.get(kind, set())
+    assert set(report.findings.kind) <= {kind} | by_the_way, report
+    assert report.code == (level == "problem") and ("NOT FINE" in str(report)) == (level == "problem")
+    for word in words:
+        assert word in str(report), report
+
+
+def test_everything_at_once(root, run, tmp_path):
+    """All damages in one pass, in no more lines than a screen has; all rows in a file; nothing but the report on stdout."""
+    other_case(root)
+    for k in range(8):
+        (root / f"p{k:02d}.jpg").unlink()
+        (root / f"p{k + 8:02d}.jpg").write_bytes((root / f"p{k + 8:02d}.jpg").read_bytes()[:900])
+    shutil.copy(root / "p20.jpg", root / "p21.jpg")
+    load_image(root / "p22.jpg").save(root / "p33.jpg", quality=50)
+    for k in range(12):
+        picture(100 + k).save(root / f"stray{k}.png")
+    edit(root, lambda t: t.__setitem__("mos", [*t.mos[:23], "6", "x", *t.mos[25:]]))
+    code, out, err = run(*check_words(root, "--findings", tmp_path / "findings.csv", "--pairs", tmp_path / "pairs.csv"))
+    assert code == 1 and len(out.splitlines()) <= MAX_LINES
+    assert "NOT FINE: missing 8, label 2, unreadable 8, leak 1" in out and "... and " in out
+    findings = pd.read_csv(tmp_path / "findings.csv")
+    assert findings.kind.value_counts().to_dict() == dict(missing=8, unreadable=8, label=2, leak=1, copies=1, extra=12, case=1)
+    assert set(findings[findings.kind == "missing"]["where"]) == {f"labels.csv line {k + 2}" for k in range(8)}
+    pairs = pd.read_csv(tmp_path / "pairs.csv")
+    assert list(pairs.same_bytes) == [True, False] and "findings.csv" in err
+
+
+def test_skip_makes_rows_a_warning(root, run):
+    """What would be left out in training does not fail the check when leaving out is asked for."""
+    lose(root)
+    (root / "p18.jpg").write_bytes(b"x")
+    set_label("nine", 20)(root)
+    assert run(*check_words(root))[0] == 1
+    code, out, _ = run(*check_words(root, "--on-error", "skip"))
+    assert code == 0 and out.count("WARNING") == 3 and "37 can be used" in out
+
+
+def test_wrong_case_is_used_all_the_same(root):
+    other_case(root)
+    report = check_set(config(root))
+    assert report.code == 0 and "P17.JPG" in set(report.files.image) and (report.files.error == "").all()
+
+
+def test_lower_is_better(root):
+    assert "5 (worst) to 1 (best)" in str(check_set(config(root, score_range="5,1")))
+
+
+def test_turned_by_exif(root):
+    exif = Image.Exif()
+    exif[274] = 6
+    load_image(root / "p05.jpg").save(root / "p05.jpg", exif=exif)
+    report = check_set(config(root))
+    row = report.files.set_index("image").loc["p05.jpg"]
+    assert row.turned and (row.width, row.height) == (80, 112) and "1 turned by EXIF" in str(report)
+
+
+# ---- the wrong folder, the wrong words
+
+
+def test_wrong_folder(root, run):
+    for words, part in ((("biq2021", root), "Train (Images and MOS).csv"), (("csv", root, "--labels", "no.csv", "--score-range", "1,5"), "no such file"),
+                        (("csv", root / "nowhere", "--labels", "labels.csv"), "is not a folder"), (("csv", root, "--labels", "labels.csv"), "score_range"),
+                        (("csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--score-column", "beauty"), "beauty")):
+        code, out, err = run("check", *words, "--quiet")
+        assert code == 1 and part in out + err and "Traceback" not in err
+
+
+def test_labels_without_their_pictures(root, run):
+    for p in root.glob("*.jpg"):
+        p.unlink()
+    code, out, _ = run(*check_words(root))
+    assert code == 1 and "missing 40" in out and "0 can be used of 40" in out
+
+
+@pytest.mark.parametrize("words", [("check", "csv"), ("check",), ("split", "csv", "x"), ("check", "csv", "x", "--on-error", "cry"), ("nonsense",), ()])
+def test_usage(run, words):
+    assert run(*words)[0] == 2
+
+
+def test_unknown_set(run, tmp_path):
+    for words in (("info", "koniq"), ("check", "koniq", tmp_path), ("fetch", "koniq", tmp_path / "x")):
+        code, out, err = run(*words)
+        assert code == 1 and "did you mean koniq-10k" in out + err
+
+
+# ---- sets with an official split and a published number: a copy of BIQ2021's layout
+
+
+def make_biq(root: Path, train: int = 20, test: int = 6) -> Path:
+    (root / "Images").mkdir(parents=True)
+    for k in range(train + test):
+        picture(k, 64, 48, 4).save(root / "Images" / f"ss0{1 + k % 2} ({k}).jpg", quality=92)
+    for part, rows in (("Train", range(train)), ("Test", range(train, train + test))):
+        lines = "".join(f"ss0{1 + k % 2} ({k}).jpg,{0.05 + k / 40:.3f},,\n" for k in rows)
+        (root / f"{part} (Images and MOS).csv").write_text("Image Name,MOS,,\n" + lines)
+    return root
+
+
+@pytest.fixture
+def biq(tmp_path, monkeypatch):
+    """Twenty-six pictures, which are all that were published."""
+    monkeypatch.setitem(FACTS, "biq2021", replace(FACTS["biq2021"], images=26, official="20 / none / 6"))
+    return make_biq(tmp_path / "biq")
+
+
+def test_published_number(biq, run):
+    code, out, _ = run("check", "biq2021", biq, "--quiet")
+    assert code == 0 and "26 published" in out and "train 20 of 20, test 6 of 6" in out and "ss01 13, ss02 13" in out
+
+
+@pytest.mark.parametrize("how", ["files", "labels"])
+def test_half_copied(biq, run, how):
+    """Half of the files, or half of the rows too: a problem, unless a part is asked for; then it is said which."""
+    gone = [f for f in sorted((biq / "Images").iterdir()) if f.name.startswith("ss02")]
+    for f in gone:
+        f.unlink()
+    if how == "labels":
+        for f in biq.glob("*.csv"):
+            f.write_text("\n".join(line for line in f.read_text().splitlines() if not line.startswith("ss02")) + "\n")
+    code, out, _ = run("check", "biq2021", biq, "--quiet")
+    assert code == 1 and "count 1" in out and "--partial" in out and ("missing 13" in out) == (how == "files")
+    code, out, _ = run("check", "biq2021", biq, "--quiet", "--partial")
+    assert code == 0 and "26 published: 50 % of the set, a part" in out and "train 10 of 20, test 3 of 6" in out
+    (biq / "Images" / "ss01 (4).jpg").write_bytes(b"torn")
+    code, out, _ = run("check", "biq2021", biq, "--quiet", "--partial")
+    assert code == 1 and "unreadable 1" in out  # a part may be small, not broken
+
+
+def test_part_without_a_test_part(biq, run):
+    (biq / "Test (Images and MOS).csv").write_text("Image Name,MOS\nss01 (20).jpg,0.5\n")
+    assert run("check", "biq2021", biq, "--quiet")[0] == 1
+    code, out, _ = run("check", "biq2021", biq, "--quiet", "--partial")
+    assert code == 0 and "the test part has 1 images" in out
+
+
+def test_more_than_published(biq, monkeypatch):
+    monkeypatch.setitem(FACTS, "biq2021", replace(FACTS["biq2021"], images=20))
+    report = check_set(make_config("paper", dataset="biq2021", root=str(biq)))
+    assert report.code == 0 and list(report.findings.kind) == ["more"]
+
+
+def test_official_split_that_leaks_is_a_warning(biq, run, tmp_path):
+    load_image(biq / "Images" / "ss01 (4).jpg").save(biq / "Images" / "ss01 (22).jpg", quality=50)
+    code, out, _ = run("check", "biq2021", biq, "--quiet", "--pairs", tmp_path / "pairs.csv")
+    assert code == 0 and "crossing 1" in out and "Images/ss01 (22).jpg: nearly Images/ss01 (4).jpg (train)" in out
+    pairs = pd.read_csv(tmp_path / "pairs.csv")
+    assert len(pairs) == 1 and set(pairs.loc[0, ["split_a", "split_b"]]) == {"train", "test"}
+
+
+def test_line_in_the_right_label_file(biq):
+    """Other tables in the folder name the picture too; the line is that of the file that the reader takes."""
+    for other in ("Subset_1.csv", "Test.csv", "Train.csv"):
+        (biq / other).write_text("name\n" + "".join(f"ss01 ({k}).jpg\n" for k in range(26)))
+    for k in (2, 24):
+        (biq / "Images" / f"ss01 ({k}).jpg").unlink()
+    report = check_set(make_config("paper", dataset="biq2021", root=str(biq)))
+    assert list(report.problems[report.problems.kind == "missing"]["where"]) == ["Train (Images and MOS).csv line 4", "Test (Images and MOS).csv line 6"]
+
+
+def test_include_is_a_part_that_was_asked_for(biq, run):
+    """Not counted against the published number; but ten training pictures leave one for validation, and training would fail."""
+    words = ("check", "biq2021", biq, "--quiet", "--include", "*/ss01*")
+    code, out, _ = run(*words)
+    assert code == 1 and "NOT FINE: split 1" in out and "the val part has 1 images" in out
+    code, out, _ = run(*words, "--partial")
+    assert code == 0 and "13 can be used" in out and "without a label" not in out and "of the set, a part" not in out
+
+
+def test_split_file(biq, run, tmp_path):
+    """A split file of another copy is a problem, and so is one that leaks, official split or not."""
+    assert run("split", "biq2021", biq, "--to", tmp_path / "s", "--count", 1, "--quiet")[0] == 0
+    file = tmp_path / "s" / "biq2021-00.csv"
+    assert run("check", "biq2021", biq, "--quiet", "--split", file)[0] == 0
+    t = pd.read_csv(file)
+    a, b = t.image[t.split == "train"].iloc[0], t.image[t.split == "test"].iloc[0]
+    load_image(biq / a).save(biq / b, quality=60)
+    code, out, _ = run("check", "biq2021", biq, "--quiet", "--split", file)
+    assert code == 1 and "leak 1" in out
+    t.iloc[:-1].to_csv(file, index=False)
+    code, out, _ = run("check", "biq2021", biq, "--quiet", "--split", file)
+    assert code == 1 and "in the set and not in the split" in out
+
+
+# ---- splits as files
+
+
+def split_words(root, to, *more):
+    return ("split", "csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--quiet", "--to", to, *more)
+
+
+def test_splits(root, run, tmp_path):
+    """Ten different ones; near-duplicates never part; the number in the name is the seed."""
+    load_image(root / "p03.jpg").save(root / "p36.jpg", quality=55)
+    code, out, _ = run(*split_words(root, tmp_path / "s"))
+    files = sorted((tmp_path / "s").iterdir())
+    assert code == 0 and [f.name for f in files] == [f"csv-{k:02d}.csv" for k in range(10)] and len(out.splitlines()) == 10
+    frames = [pd.read_csv(f, index_col="image").split for f in files]
+    assert len({tuple(f) for f in frames}) == 10 and all(f["p03.jpg"] == f["p36.jpg"] for f in frames)
+    assert all(abs((f == "test").sum() - 8) <= 1 for f in frames)
+    assert run(*split_words(root, tmp_path / "t", "--seed", 3, "--count", 2))[0] == 0
+    assert (tmp_path / "t" / "csv-04.csv").read_bytes() == files[4].read_bytes()
+    found = load_set(config(root, split=str(files[2])))
+    assert (found.table.split.to_numpy() == read_split(files[2], found.table.image)).all()
+
+
+def test_splits_are_not_overwritten(root, run, tmp_path):
+    to = tmp_path / "s"
+    assert run(*split_words(root, to, "--count", 2))[0] == 0
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in to.iterdir()}
+    assert run(*split_words(root, to, "--count", 2))[0] == 0  # the same: nothing to write
+    code, _, err = run(*split_words(root, to, "--count", 3, "--test-fraction", 0.4))
+    assert code == 1 and "--again" in err and {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in to.iterdir()} == before
+    assert run(*split_words(root, to, "--count", 3, "--test-fraction", 0.4, "--again"))[0] == 0
+    assert (pd.read_csv(to / "csv-00.csv").split == "test").sum() == 16 and len(list(to.iterdir())) == 3
+
+
+# ---- preparing
+
+
+def test_prepare(root, run, tmp_path):
+    words = ("prepare", "csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--quiet", "--size", 64, "--cache", tmp_path / "cache")
+    code, out, _ = run(*words)
+    pixels = sum(64 * round((96 + 8 * (k % 3)) * 0.8) * 3 for k in range(40))
+    assert code == 0 and out.startswith("40 pictures") and [f.stat().st_size for f in (tmp_path / "cache").glob("*.u8")] == [pixels]
+    (root / "p17.jpg").write_bytes(b"torn")
+    code, _, err = run(*words)
+    assert code == 1 and "p17.jpg" in err and "--on-error skip" in err
+    code, out, err = run(*words, "--on-error", "skip")
+    assert code == 0 and out.startswith("39 pictures") and "left out: p17.jpg" in err
+
+
+def test_prepare_without_an_official_split(root, run, tmp_path):
+    edit(root, lambda t: t.pop("split"))
+    assert run("prepare", "csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--quiet", "--size", 64, "--cache", tmp_path)[0] == 0
+
+
+# ---- fetching: a repository in a folder stands in for the real one
+
+
+def git(folder, *words):
+    return subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True, text=True).stdout
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+
+
+@pytest.fixture
+def repository(biq):
+    git(biq, "init", "-q")
+    git(biq, "config", "uploadpack.allowFilter", "true")
+    git(biq, "add", ".")
+    git(biq, "commit", "-qm", "all")
+    return biq
+
+
+def pictures_in(folder):
+    return sorted(p.name for p in (folder / "Images").iterdir()) if (folder / "Images").is_dir() else []
+
+
+def same_files(a, b):
+    names = {str(p.relative_to(a)) for p in a.rglob("*") if p.is_file() and ".git" not in p.parts}
+    return all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
+
+
+@needs_git
+@pytest.mark.parametrize("filtering", ["true", "false"])
+def test_fetch(repository, run, tmp_path, filtering):
+    """Whole, equal, counted, without a second copy of all pictures; from servers that know partial clones and those that do not."""
+    git(repository, "config", "uploadpack.allowFilter", filtering)
+    to = tmp_path / "new" / "mine"
+    code, out, err = run("fetch", "biq2021", to, "--source", repository.as_uri(), "--quiet")
+    assert code == 0 and "data check" in out, err
+    assert same_files(repository, to) and not (to / ".git").exists() and sorted(p.name for p in to.parent.iterdir()) == ["mine"]
+    assert json.loads((to / "fetched.json").read_text())["commit"] == git(repository, "rev-parse", "HEAD").strip()
+    assert run("check", "biq2021", to, "--quiet")[0] == 0
+    shutil.rmtree(repository)
+    assert run("fetch", "biq2021", to, "--source", repository.as_uri(), "--quiet")[0] == 0  # it is there already
+
+
+@needs_git
+def test_interrupted_fetch_goes_on(repository, tmp_path, monkeypatch):
+    """Ctrl-C at the third batch; the next run fetches the rest and not what is there."""
+    calls, real = [], checks._git
+
+    def breaking(words, *rest):
+        calls.append(words)
+        if [w[0] for w in calls].count("checkout") == 3:
+            raise KeyboardInterrupt
+        return real(words, *rest)
+
+    monkeypatch.setattr(checks, "_git", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_set("biq2021", tmp_path / "mine", repository.as_uri(), batch=8)
+    part = tmp_path / "mine.part"
+    there = {n: (part / "Images" / n).stat().st_mtime_ns for n in pictures_in(part)}
+    assert not (tmp_path / "mine").exists() and 8 <= len(there) <= 16
+    calls.clear()
+    monkeypatch.setattr(checks, "_git", lambda words, *rest: calls.append(words) or real(words, *rest))
+    fetch_set("biq2021", tmp_path / "mine", repository.as_uri(), batch=8)
+    assert "clone" not in [w[0] for w in calls] and [w[0] for w in calls].count("checkout") == 2
+    assert same_files(repository, tmp_path / "mine") and all((tmp_path / "mine" / "Images" / n).stat().st_mtime_ns == t for n, t in there.items())
+
+
+@needs_git
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_killed_fetch_goes_on(repository, tmp_path):
+    """kill -9 of a fetch in another process, and of the git that it runs; then the same again."""
+    to, part = tmp_path / "mine", tmp_path / "mine.part"
+    code = (f"from smart_iqa.checks import *; from smart_iqa import checks; from dataclasses import replace\n"
+            f"checks.FACTS['biq2021'] = replace(checks.FACTS['biq2021'], images=26)\n"
+            f"fetch_set('biq2021', {str(to)!r}, {repository.as_uri()!r}, batch=1)")
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    end = time.time() + 60
+    while len(pictures_in(part)) < 3 and process.poll() is None and time.time() < end:
+        time.sleep(0.01)
+    assert process.poll() is None, "it was too fast to be killed"
+    os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in it
+    process.wait()
+    assert not to.exists() and 3 <= len(pictures_in(part)) < 26
+    (part / ".git" / "index.lock").touch()  # as a git killed in the middle leaves it
+    fetch_set("biq2021", to, repository.as_uri())
+    assert same_files(repository, to) and not part.exists()
+
+
+@needs_git
+def test_clone_killed_before_its_list_starts_again(repository, tmp_path):
+    part = tmp_path / "mine.part"
+    git(tmp_path, "init", "-q", str(part))
+    git(part, "remote", "add", "origin", repository.as_uri())
+    fetch_set("biq2021", tmp_path / "mine", repository.as_uri())
+    assert same_files(repository, tmp_path / "mine")
+
+
+@needs_git
+def test_folder_in_the_way(repository, run, tmp_path):
+    """Neither a folder with other things nor somebody's .part is touched."""
+    for name in ("mine", "mine.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years")
+        code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--source", repository.as_uri(), "--quiet")
+        assert code == 1 and name in err and (tmp_path / name / "thesis.txt").read_text() == "years"
+        shutil.rmtree(tmp_path / name)
+
+
+@needs_git
+def test_source_that_is_not_whole(repository, run, tmp_path):
+    git(repository, "rm", "-q", "Images/ss01 (4).jpg")
+    git(repository, "commit", "-qm", "lost one")
+    code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--source", repository.as_uri(), "--quiet")
+    assert code == 1 and "25 of 26" in err and "ss01 (4).jpg" in err and not (tmp_path / "mine").exists()
+
+
+@needs_git
+@pytest.mark.parametrize("source, word", [("https://nowhere.invalid/BIQ2021", "nowhere.invalid could not be reached"),
+                                          ("file:///nowhere/at/all", "could not be reached")])
+def test_offline(run, tmp_path, source, word):
+    code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--source", source, "--quiet")
+    assert code == 1 and word in err and "check the network" in err and list(tmp_path.iterdir()) == []
+
+
+def test_without_git(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--quiet")
+    assert code == 1 and "git is not installed" in err
+
+
+@pytest.mark.parametrize("name", sorted(set(FACTS) - set(checks.REPOSITORIES)))
+def test_sets_that_are_not_fetched(run, tmp_path, name):
+    """No address is made up: where to get it, what to accept, how to lay it out."""
+    code, _, err = run("fetch", name, tmp_path / "mine")
+    assert code == 1 and FACTS[name].get in err and FACTS[name].terms in err and f"data check {name}" in err and all(f in err for f in FACTS[name].files)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- facts
+
+
+def test_list_and_info(run):
+    code, out, _ = run("list")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(FACTS)
+    live = next(line for line in out.splitlines() if line.startswith("live "))
+    assert "112 to -3" in live and "lower is better" in live and "779" in live
+    for name, facts in FACTS.items():
+        code, out, _ = run("info", name)
+        assert code == 0 and facts.source in out and facts.terms in out and all(f in out for f in facts.files)
+
+
+def test_help_does_not_wait_for_torch():
+    """The commands import what they need; `--help` imports none of it."""
+    code = "import sys, smart_iqa.cli as c\ntry: c.main(['data', 'check', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--partial" in done.stdout, done.stderr
+
+
+def test_lines_of_headless_and_nested_label_files(tmp_path):
+    (tmp_path / "mos_with_names.txt").write_text("5.51 I01_01_1.bmp\n5.50 i01_01_2.bmp\n")
+    (tmp_path / "list.json").write_text(json.dumps([dict(image="x/a.jpg", score=1), dict(image="x/b b.jpg", score=2)]))
+    pd.DataFrame(dict(image=["k1.png", "k2.png"], mos=[1, 2])).to_excel(tmp_path / "t.xlsx", index=False)
+    files = [tmp_path / n for n in ("mos_with_names.txt", "list.json", "t.xlsx")]
+    found = find_lines(["d/i01_01_2.bmp", "x/b b.jpg", "k2.png", "none"], files)
+    assert found == {"d/i01_01_2.bmp": "mos_with_names.txt line 2", "x/b b.jpg": "list.json row 2", "k2.png": "t.xlsx row 3", "none": ""}
+
+
+# ---- the real thing
+
+
+@needs_biq
+def test_shared_biq2021(run, tmp_path):
+    """Some fifty real photographs: sound, and among them one that was saved again on the other side of the official split."""
+    code, out, _ = run("check", "biq2021", BIQ, "--include", "*/ss03 ([57]*[67][12]).jpg", "--quiet", "--partial", "--pairs", tmp_path / "pairs.csv")
+    assert code == 0 and "PROBLEM" not in out and "512 x 512" in out and "of the declared 0 (worst) to 1 (best)" in out
+    assert "WARNING  pairs of near-duplicates on both sides of the official split" in out and len(out.splitlines()) <= MAX_LINES
+    pairs = pd.read_csv(tmp_path / "pairs.csv")
+    cross = pairs[(pairs.split_a == "test") != (pairs.split_b == "test")]
+    assert f"crossing {len(cross)}" in out
+    assert {"Images/ss03 (7961).jpg", "Images/ss03 (5772).jpg"} in [{a, b} for a, b in zip(cross.image_a, cross.image_b, strict=True)]
