@@ -6,7 +6,7 @@
 __all__ = ['score', 'demo', 'parse_parameters', 'run', 'finetune', 'runs', 'data_list', 'data_info', 'data_check', 'data_fetch',
            'data_prepare', 'data_split', 'data', 'main']
 
-# %% ../nbs/21_cli.ipynb #a9e3fe30
+# %% ../nbs/21_cli.ipynb #7ed58308
 import argparse
 import os
 import sys
@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
-# %% ../nbs/21_cli.ipynb #6060d20c
+# %% ../nbs/21_cli.ipynb #f620b6c2
 def _say(text: str):
     "Print to a terminal or a pipe of any encoding; a reader that has gone (`| head`) is no error."
     if hasattr(sys.stdout, "reconfigure"):
@@ -90,7 +90,7 @@ def score(args: argparse.Namespace) -> int:
         _note("stopped; with --out FILE the scores so far would have been kept, and the same command would go on")
         return 130
 
-# %% ../nbs/21_cli.ipynb #7d0eafb8
+# %% ../nbs/21_cli.ipynb #d572a5fe
 def _show(folder: Path):
     "Print the results of a finished run and where its files are."
     from smart_iqa.figures import results_table
@@ -111,7 +111,7 @@ def demo(args: argparse.Namespace):
 
     _show(execute("train", dict(profile="demo", seed=args.seed), out=args.out, batch="demo"))
 
-# %% ../nbs/21_cli.ipynb #40d006db
+# %% ../nbs/21_cli.ipynb #80c82dad
 def parse_parameters(
     words: list[str],  # "lr=1e-4", "--lr", "1e-4", "--lr=1e-4"
 ) -> dict:
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace):
         return
     _show(execute(args.notebook, parse_parameters(args.rest), out=args.out, batch=args.batch, name=args.name, again=args.again))
 
-# %% ../nbs/21_cli.ipynb #8ce9e4cc
+# %% ../nbs/21_cli.ipynb #6211dbf1
 def finetune(args: argparse.Namespace):
     "Adapt a trained model to your own scores of your own pictures; before and after are compared on pictures kept for that."
     from smart_iqa.records import read_run
@@ -166,7 +166,7 @@ def finetune(args: argparse.Namespace):
         print(f"SRCC after minus before: {d['diff']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}], p = {d['p']:.3f}")
     print(f"\nmodel:  {folder / 'model.safetensors'}\nuse it: smart-iqa score PHOTOS --model {folder / 'model.safetensors'}\nrecord: {folder / 'record.json'}")
 
-# %% ../nbs/21_cli.ipynb #5a96a931
+# %% ../nbs/21_cli.ipynb #b7438b05
 def runs(args: argparse.Namespace):
     "List the runs below a folder: finished or not, epochs, headline numbers."
     from smart_iqa.records import list_runs
@@ -174,7 +174,7 @@ def runs(args: argparse.Namespace):
     frame = list_runs(args.out)
     print(frame.round(4).to_string(index=False) if len(frame) else f"no runs below {Path(args.out).resolve()}")
 
-# %% ../nbs/21_cli.ipynb #21e7cfa3
+# %% ../nbs/21_cli.ipynb #41e6f88c
 def _set_config(args: argparse.Namespace, **more):
     "The configuration that the arguments of a `data` action name."
     from smart_iqa.config import make_config
@@ -253,7 +253,7 @@ def data(args: argparse.Namespace) -> int:
     except OSError as e:  # a full disk, a folder that may not be written
         raise RuntimeError(str(e)) from e
 
-# %% ../nbs/21_cli.ipynb #acda4bad
+# %% ../nbs/21_cli.ipynb #de123199
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number above 0 is wanted")
@@ -390,5 +390,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"smart-iqa: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nsmart-iqa: stopped; the same command goes on where it was", file=sys.stderr)
+        goes_on = "begins anew" if getattr(args, "action", None) is data_check else "goes on where it was"
+        print(f"\nsmart-iqa: stopped; the same command {goes_on}", file=sys.stderr)
         return 130

@@ -7,7 +7,7 @@ __all__ = ['HASH_BITS', 'THUMB_CORRELATION', 'NO_SKETCH', 'ImageSet', 'settle', 
            'take_groups', 'assign_splits', 'save_split', 'read_split', 'random_splits', 'check_leaks', 'check_parts',
            'read_set', 'load_set', 'duplicate_pairs', 'duplicate_groups', 'name_pairs', 'leaked']
 
-# %% ../nbs/04_data.ipynb #edea0b00
+# %% ../nbs/04_data.ipynb #feb41f46
 import fnmatch
 import os
 import posixpath
@@ -27,7 +27,7 @@ from .demo import DEMO_NOTE
 from .images import load_image
 from .sets import FACTS, LOADERS, DataError, read_labels
 
-# %% ../nbs/04_data.ipynb #dae5b9a1
+# %% ../nbs/04_data.ipynb #b2c35ca3
 @dataclass
 class ImageSet:
     "An image set on disk: its table, where its files lie, and what was left out on the way."
@@ -50,7 +50,7 @@ class ImageSet:
         "A hash of the table's content; it names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False, lineterminator="\n"))
 
-# %% ../nbs/04_data.ipynb #d7e29a36
+# %% ../nbs/04_data.ipynb #1ba32c98
 def settle(
     problems: list[tuple[str, str]],  # (image, reason)
     on_error: str,                    # "raise" or "skip"
@@ -65,10 +65,10 @@ def settle(
                         f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
-# %% ../nbs/04_data.ipynb #821bb038
+# %% ../nbs/04_data.ipynb #45a86148
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
-    t = raw.reset_index(drop=True).copy()
+    t, row = raw.reset_index(drop=True).copy(), raw.index.to_numpy() + 1  # as the labels have it, also where only some were taken
     scale = t.pop("scale") if "scale" in t else pd.Series([scale] * len(t))
     worst, best = (np.array([s[i] for s in scale], float) for i in (0, 1))
     t["image"] = t.image.astype(str)
@@ -79,10 +79,10 @@ def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFra
         given = t[name].astype(object) if name in t else pd.Series(None, t.index, dtype=object)
         t[name] = given.where(given.notna() & (given != ""), default)
     lo, hi = np.minimum(worst, best), np.maximum(worst, best)
-    problems = [(t.image[i], f"row {i + 1}: label {label[i]!r} is not a number") for i in np.flatnonzero(~np.isfinite(t.mos))]
+    problems = [(t.image[i], f"row {row[i]}: label {label[i]!r} is not a number") for i in np.flatnonzero(~np.isfinite(t.mos))]
     outside = np.flatnonzero(np.isfinite(t.mos) & ((t.mos < lo - 1e-6) | (t.mos > hi + 1e-6)))
-    problems += [(t.image[i], f"row {i + 1}: label {t.mos[i]:g} is outside the declared {lo[i]:g} to {hi[i]:g}") for i in outside]
-    problems += [(t.image[i], f"row {i + 1}: named twice in the labels") for i in np.flatnonzero(t.image.duplicated())]
+    problems += [(t.image[i], f"row {row[i]}: label {t.mos[i]:g} is outside the declared {lo[i]:g} to {hi[i]:g}") for i in outside]
+    problems += [(t.image[i], f"row {row[i]}: named twice in the labels") for i in np.flatnonzero(t.image.duplicated())]
     return t[["image", "mos", "score", "std", "ref", "split"]], problems
 
 
@@ -106,7 +106,7 @@ def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
     missing += [(images[i], f"is {found[i]} under another name") for i in np.flatnonzero(again)]
     return found, missing
 
-# %% ../nbs/04_data.ipynb #9ef6a475
+# %% ../nbs/04_data.ipynb #b83bad85
 HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
 
 
@@ -165,7 +165,7 @@ def group_pairs(
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
     return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/04_data.ipynb #a6e8154b
+# %% ../nbs/04_data.ipynb #fc9ef569
 def take_groups(
     groups: np.ndarray,  # group number of each row
     fraction: float,     # of the rows wanted
@@ -206,7 +206,7 @@ def assign_splits(
         split[np.flatnonzero(train)[take_groups(groups[train], cfg.cal_fraction, [cfg.split_seed, 2])]] = "cal"
     return split
 
-# %% ../nbs/04_data.ipynb #bec61e28
+# %% ../nbs/04_data.ipynb #fff046a0
 def save_split(
     found: ImageSet,
     path: str | Path,  # .csv
@@ -237,7 +237,7 @@ def read_split(
                             f"(include= takes a part of a set)")
     return part[images].to_numpy()
 
-# %% ../nbs/04_data.ipynb #78beaa17
+# %% ../nbs/04_data.ipynb #1995b921
 def random_splits(
     found: ImageSet,
     cfg: Config,  # test_fraction, val_fraction, cal_fraction; split_seed of the first one, 0 by default
@@ -250,7 +250,7 @@ def random_splits(
         sets.append(replace(found, table=table))
     return sets
 
-# %% ../nbs/04_data.ipynb #91a30636
+# %% ../nbs/04_data.ipynb #7dae69f5
 def check_leaks(
     found: ImageSet,
 ):
@@ -265,7 +265,7 @@ def check_leaks(
     raise DataError(f"{found.name} in {found.root}: the split leaks, {len(both)} references and {len(pairs)} pairs of near-duplicates lie on both "
                     "sides:\n" + "\n".join(lines) + "\nMend the split, use split='random', or go on with leaks='mark': the headline is then told without them.")
 
-# %% ../nbs/04_data.ipynb #3c98812b
+# %% ../nbs/04_data.ipynb #377b1aa3
 def check_parts(
     found: ImageSet,
     expected=("train", "val", "test"),  # the parts that must be there
@@ -384,7 +384,7 @@ def leaked(
     a, b = d.split_a == "test", d.split_b == "test"
     return same | set(d.image_a[a & ~b]) | set(d.image_b[b & ~a])
 
-# %% ../nbs/04_data.ipynb #22dca3ea
+# %% ../nbs/04_data.ipynb #a0e69c3d
 def __getattr__(name: str):  # lazy: an import at the top would be a circle, data -> original -> crops -> data
     if name == "DataLoader":
         from smart_iqa.original import DataLoader

@@ -632,3 +632,12 @@ def test_shared_biq2021(run, tmp_path):
     cross = pairs[(pairs.split_a == "test") != (pairs.split_b == "test")]
     assert f"crossing {len(cross)}" in out
     assert {"Images/ss03 (7961).jpg", "Images/ss03 (5772).jpg"} in [{a, b} for a, b in zip(cross.image_a, cross.image_b, strict=True)]
+
+
+def test_ctrl_c_in_a_check_says_that_it_begins_anew(monkeypatch, capsys, tmp_path):
+    def stop(*a, **kw):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smart_iqa.checks.check_set", stop)
+    assert main(["data", "check", "csv", str(tmp_path), "--labels", "x.csv", "--score-range", "0,1"]) == 130
+    assert "begins anew" in capsys.readouterr().err
