@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WIDTH', 'MARKERS', 'PALETTE', 'STAGES', 'BASELINE', 'PARTS', 'COLUMNS', 'style', 'save', 'training_curves', 'scatter',
            'attention_table', 'attention_by_decile', 'measured_table', 'results_table', 'markdown', 'arms_forest',
-           'ladder', 'published_table', 'against_published']
+           'ladder', 'published_table', 'against_published', 'cross_wide', 'booktabs', 'cross_heatmap']
 
-# %% ../nbs/14_figures.ipynb #6ba222c2
+# %% ../nbs/14_figures.ipynb #de72c0ac
 import io
 import os
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from scipy import stats
 
 from .metrics import fit_logistic
 
-# %% ../nbs/14_figures.ipynb #459e6d23
+# %% ../nbs/14_figures.ipynb #70183c8e
 WIDTH = 7.0  # inches: the text width of a two-column page
 MARKERS = "os^D"
 PALETTE = sns.color_palette("colorblind")  # named colours such as "C1" would be resolved at drawing, outside the style
@@ -43,7 +43,7 @@ def _figure(rows=1, cols=1, height=2.4, width=WIDTH, **kwargs):
     plt.close(fig)
     return fig, axes
 
-# %% ../nbs/14_figures.ipynb #d32affd7
+# %% ../nbs/14_figures.ipynb #62eadfe2
 def save(
     fig: plt.Figure,  # what to write
     path,             # path without suffix; folders are made
@@ -61,14 +61,14 @@ def save(
         written.append(out)
     return written
 
-# %% ../nbs/14_figures.ipynb #5c59694a
+# %% ../nbs/14_figures.ipynb #e45b8c82
 def _need(frame: pd.DataFrame, columns, what: str):
     "ValueError that names the missing columns, or says that the frame is empty."
     if missing := [c for c in columns if c not in frame]:
         raise ValueError(f"{what} lacks column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     if not len(frame): raise ValueError(f"{what} has no rows: nothing to draw")
 
-# %% ../nbs/14_figures.ipynb #4e6a4367
+# %% ../nbs/14_figures.ipynb #606ca034
 def training_curves(
     history: pd.DataFrame,    # epoch (from 1), train_loss, val_srcc, val_plcc, lr_backbone, lr_head, seconds (optional)
     best_epoch: int | None = None,   # the epoch that was kept; None: the one of the highest val_srcc
@@ -91,7 +91,7 @@ def training_curves(
         for ax in axes[1:]: ax.legend()
     return fig
 
-# %% ../nbs/14_figures.ipynb #5c333d10
+# %% ../nbs/14_figures.ipynb #73e48e5b
 def _lines(ax, h, columns):
     "One line a column against the epoch; where a log axis follows, zeros are left out."
     names = {"val_srcc": "SRCC", "val_plcc": "PLCC", "lr_backbone": "backbone", "lr_head": "new parts"}
@@ -107,7 +107,7 @@ def _mark_best(ax, h, best_epoch):
     srcc = h.val_srcc[h.epoch == best_epoch].iloc[0]
     ax.set_title(f"kept: epoch {best_epoch}" + (f", SRCC {srcc:.3f}" if np.isfinite(srcc) else ""))
 
-# %% ../nbs/14_figures.ipynb #eafe3786
+# %% ../nbs/14_figures.ipynb #aeb3fe29
 def scatter(
     predictions: pd.DataFrame,  # score (0-100), pred, optionally pred_std; rows with NaN in the first two are left out
     metrics: dict | None = None,       # as from metrics.evaluate: n, srcc, srcc_low, srcc_high, plcc, plcc_low, plcc_high of the same rows; None: only n is written
@@ -128,7 +128,7 @@ def scatter(
         ax.legend(loc="lower right", fontsize="small")
     return fig
 
-# %% ../nbs/14_figures.ipynb #4a4680aa
+# %% ../nbs/14_figures.ipynb #7b0e1a43
 def _points(ax, p):
     "Points with light bars of pred_std; many points become pixels inside the vector file."
     big, low, high = len(p) > 1000, min(p.pred.min(), p.score.min()), max(p.pred.max(), p.score.max())
@@ -147,7 +147,7 @@ def _caption(n: int, m: dict) -> str:
     "Lines for the corner: n, then each measure with its 95 % interval."
     return "\n".join([f"n = {n}", *(f"{k.upper()} {_interval(m, k)}" for k in ("srcc", "plcc") if m and k in m)])
 
-# %% ../nbs/14_figures.ipynb #3940db9e
+# %% ../nbs/14_figures.ipynb #7b9a09fa
 def _interval(m: dict, key: str, digits: int = 3) -> str:
     "'0.855 [0.840, 0.870]'; without the interval where there is none; '' where there is no value."
     value, low, high = (m.get(k) for k in (key, f"{key}_low", f"{key}_high"))
@@ -155,7 +155,7 @@ def _interval(m: dict, key: str, digits: int = 3) -> str:
     text = f"{value:.{digits}f}"
     return text if low is None or high is None or pd.isna(low) or pd.isna(high) else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
-# %% ../nbs/14_figures.ipynb #540dd70a
+# %% ../nbs/14_figures.ipynb #51e70b73
 STAGES = ("a1", "a2", "a3", "a4")
 
 def _mean_interval(x: np.ndarray) -> tuple:
@@ -164,7 +164,7 @@ def _mean_interval(x: np.ndarray) -> tuple:
     if len(x) < 2: return (x.mean() if len(x) else np.nan), np.nan
     return x.mean(), stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
 
-# %% ../nbs/14_figures.ipynb #cef9186f
+# %% ../nbs/14_figures.ipynb #f4d36dd7
 def attention_table(
     predictions: pd.DataFrame,  # score (0-100), a1..a4 (weights of stages 1..4)
 ) -> pd.DataFrame:              # a row a bin of true score: decile (from 1, worst), n, score, then a1..a4 and entropy (bits) with *_half
@@ -184,7 +184,7 @@ def attention_table(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_figures.ipynb #3979f3ca
+# %% ../nbs/14_figures.ipynb #b9653359
 def attention_by_decile(
     predictions: pd.DataFrame,  # score (0-100), a1..a4
     title: str | None = None,          # e.g. "koniq-10k, test"
@@ -206,7 +206,7 @@ def attention_by_decile(
 
 def _bins(k: int) -> str: return "decile" if k == 10 else "bin"
 
-# %% ../nbs/14_figures.ipynb #e2619489
+# %% ../nbs/14_figures.ipynb #ffeffc92
 BASELINE = "ridge on frozen features"
 PARTS = ("val", "test", "test_clean")
 
@@ -228,7 +228,7 @@ def measured_table(
     frame = pd.DataFrame(rows, columns=None if rows else ["run_id", "method", "dataset", "seed", "part", "n", "note"])
     return frame.sort_values("part", key=lambda s: s.map(order).fillna(len(order)), kind="stable", ignore_index=True) if rows else frame
 
-# %% ../nbs/14_figures.ipynb #2e14106b
+# %% ../nbs/14_figures.ipynb #e0f5a13e
 COLUMNS = {"srcc": ("SRCC", 3), "plcc": ("PLCC", 3), "plcc_fitted": ("PLCC after fit", 3), "krcc": ("KRCC", 3), "rmse": ("RMSE", 2), "rmse_fitted": ("RMSE after fit", 2)}
 
 def _difference(row) -> str:
@@ -251,19 +251,20 @@ def results_table(
     if m.note.notna().any(): table["note"] = m.note.fillna("")
     return table
 
-# %% ../nbs/14_figures.ipynb #a9b0c48c
+# %% ../nbs/14_figures.ipynb #9e243e55
 def markdown(
     frame: pd.DataFrame,  # any table
 ) -> str:                 # GitHub pipe table, values as they stand
     "A frame as Markdown, without its index; strings are not taken for numbers."
     return frame.astype(object).where(frame.notna(), "").to_markdown(index=False, disable_numparse=True)
 
-# %% ../nbs/14_figures.ipynb #6e900428
+# %% ../nbs/14_figures.ipynb #7f785413
 def arms_forest(
     compared: pd.DataFrame,  # of `compare_arms`: arm, diff, low, high, p_holm
     title: str = "",
+    what: str = "SRCC on validation, minus the control's",  # the difference that is drawn
 ) -> plt.Figure:
-    "Paired differences of validation SRCC, an arm a line; filled where the corrected p-value is below .05."
+    "Paired differences, an arm a line; filled where the corrected p-value is below .05. Without an interval only the dot is drawn."
     _need(compared, ["arm", "diff", "low", "high", "p_holm"], "comparison")
     c = compared.dropna(subset=["diff"]).sort_values("diff")
     _need(c, [], "comparison without its control")
@@ -273,12 +274,12 @@ def arms_forest(
         for y, r in enumerate(c.itertuples()):
             ax.plot([r.low, r.high], [y, y], color=PALETTE[0], lw=1.5)
             ax.plot(r.diff, y, "o", color=PALETTE[0], mfc=PALETTE[0] if r.p_holm < 0.05 else "white")
-        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel="SRCC on validation, minus the control's (95 % interval)", title=title)
+        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel=f"{what} (95 % interval)", title=title)
         ax.set_ylim(-0.6, len(c) - 0.4)
         ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../nbs/14_figures.ipynb #ea7e8ee6
+# %% ../nbs/14_figures.ipynb #5aa10e45
 def ladder(
     damaged: pd.DataFrame,  # photo, kind, level (0: undamaged), score (0-100)
 ) -> plt.Figure:
@@ -300,7 +301,7 @@ def ladder(
         fig.supylabel("score (0-100)", fontsize="medium")
     return fig
 
-# %% ../nbs/14_figures.ipynb #ba46c4c3
+# %% ../nbs/14_figures.ipynb #caad0603
 _PUBLISHED = ["table", "method", "dataset", "srcc", "plcc", "trained_on", "protocol", "source"]
 
 def published_table(
@@ -319,7 +320,7 @@ def published_table(
     if tables is not None: p = p[p.table.isin(tables)]
     return p.reset_index(drop=True)
 
-# %% ../nbs/14_figures.ipynb #f2f11e20
+# %% ../nbs/14_figures.ipynb #961523ec
 def against_published(
     measured: pd.DataFrame,          # as from `measured_table`: method, dataset, part, n, srcc, srcc_low, srcc_high, ...
     dataset: str = "koniq-10k",      # the set to show
@@ -343,7 +344,7 @@ def against_published(
         b.set(title=f"measured here, {part} part, 95 % intervals", xlabel=f"{metric.upper()} on {dataset}")
     return fig
 
-# %% ../nbs/14_figures.ipynb #838cc291
+# %% ../nbs/14_figures.ipynb #9f9822e6
 def _measured_label(r: dict) -> str:
     seed = "" if r.get("seed") is None or pd.isna(r["seed"]) else f", seed {r['seed']:g}" if isinstance(r["seed"], (int, float)) else f", seed {r['seed']}"
     return f"{r['method']}  (n = {r['n']:g}{seed})"
@@ -358,3 +359,90 @@ def _dots(ax, frame, metric, labels, hollow):
         ax.hlines(y, *ends, color=PALETTE[0], lw=1.2)  # from low to high, not an error about the value: a bootstrap interval need not hold it
         ax.plot(frame[metric], y, "o", color=PALETTE[0], ms=4.5)
     ax.set(yticks=y, yticklabels=labels, ylim=(-0.7, max(len(frame), 1) - 0.3))
+
+# %% ../nbs/14_figures.ipynb #b9ee8603
+def cross_wide(
+    cells: pd.DataFrame,   # of `records.cross_cells`: model, set, n and the metric; `own` (bool) where a model meets the set that it was trained on
+    metric: str = "srcc",  # any key of COLUMNS
+) -> pd.DataFrame:         # strings: model, then a column a set with its n
+    "One measure as a table for reading: '0.855 [0.840, 0.870]'; own sets are marked with (own)."
+    _need(cells, ["model", "set", "n", metric], "cells")
+    name, digits = COLUMNS[metric]
+    columns = {s: f"{s} (n = {int(part.n.iloc[0]):,})" for s, part in cells.groupby("set", sort=False)}
+    wide = pd.DataFrame("", index=list(dict.fromkeys(cells.model)), columns=list(columns.values()))
+    for r in cells.to_dict("records"):
+        wide.loc[r["model"], columns[r["set"]]] = _interval(r, metric, digits) + " (own)" * bool(r.get("own"))
+    return wide.rename_axis(name).reset_index()
+
+
+_TEX = {c: rf"\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+
+def booktabs(
+    frame: pd.DataFrame,         # any table; values as they stand
+    caption: str | None = None,
+    label: str | None = None,    # for \\ref
+) -> str:
+    "A frame as a LaTeX table for the booktabs package, without its index; special characters are escaped."
+    def tex(value) -> str: return "" if pd.isna(value) else "".join(_TEX.get(c, c) for c in str(value))
+
+    rows = [" & ".join(map(tex, row)) + r" \\" for row in [frame.columns, *frame.itertuples(index=False, name=None)]]
+    head = [r"\begin{table}", r"\centering", *([rf"\caption{{{tex(caption)}}}"] if caption else []), *([rf"\label{{{label}}}"] if label else [])]
+    lines = [*head, rf"\begin{{tabular}}{{l{'r' * (frame.shape[1] - 1)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+# %% ../nbs/14_figures.ipynb #84a2d9ac
+def cross_heatmap(
+    cells: pd.DataFrame,    # as for `cross_wide`; n_runs and <metric>_std where there are several runs
+    metric: str = "srcc",
+    published: pd.DataFrame | None = None,  # rows of `published_table`, drawn hatched in a panel below
+    title: str = "measured here, 95 % intervals",
+) -> plt.Figure:
+    "Models (rows) on sets (columns): value, interval, spread over runs; a frame around a model's own set."
+    _need(cells, ["model", "set", "n", metric], "cells")
+    models, names = list(dict.fromkeys(cells.model)), list(dict.fromkeys(cells.set))
+    told = published[published[metric].notna()] if published is not None else pd.DataFrame(columns=_PUBLISHED)
+    rows = [len(models), told.method.nunique()]
+    with style():
+        fig, axes = _figure(1 + bool(len(told)), height=0.9 + 0.62 * sum(rows) + 0.9 * bool(len(told)), squeeze=False,
+                            height_ratios=[r + 0.6 for r in rows if r])
+        _grid(axes[0, 0], cells.to_dict("records"), models, [f"{s}\nn = {int(cells.n[cells.set == s].iloc[0]):,}" for s in names], names, metric)
+        axes[0, 0].set_title(f"{COLUMNS[metric][0]} {title}" + ("; framed: the set it was trained on" if cells.get("own", pd.Series(dtype=bool)).any() else ""))
+        if len(told):
+            _published_grid(axes[1, 0], told, metric)
+    return fig
+
+# %% ../nbs/14_figures.ipynb #6ac50bdd
+def _write(ax, x: float, y: float, text: str, **kw):
+    ax.text(x, y, text, ha="center", va="center", fontsize="small", linespacing=1.25, **kw)
+
+def _axes_of_grid(ax, rows: list[str], columns: list[str]):
+    ax.set(xticks=range(len(columns)), yticks=range(len(rows)), xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    ax.set_xticklabels(columns)
+    ax.set_yticklabels(rows)
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+def _grid(ax, cells: list[dict], models: list[str], labels: list[str], names: list[str], metric: str):
+    "Coloured cells with value, interval and spread over runs."
+    values = np.full((len(models), len(names)), np.nan)
+    for r in cells: values[models.index(r["model"]), names.index(r["set"])] = r[metric]
+    shown = ax.imshow(values, cmap="cividis", aspect="auto")
+    _axes_of_grid(ax, models, labels)
+    for r in cells:
+        y, x = models.index(r["model"]), names.index(r["set"])
+        if pd.isna(r[metric]): continue
+        spread = f"\nsd {r[f'{metric}_std']:.3f} of {r['n_runs']}" if pd.notna(r.get(f"{metric}_std")) else ""
+        red, green, blue, _ = shown.cmap(shown.norm(r[metric]))
+        _write(ax, x, y, _interval(r, metric, COLUMNS[metric][1]).replace(" ", "\n", 1) + spread, color="k" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "w")
+        if r.get("own"): ax.add_patch(plt.Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec=PALETTE[3], lw=2.2))
+
+def _published_grid(ax, told: pd.DataFrame, metric: str):
+    "Hatched cells without colour: numbers that others published."
+    methods, names = list(dict.fromkeys(told.method)), list(dict.fromkeys(told.dataset))
+    _axes_of_grid(ax, [f"{m}, trained on {'/'.join(dict.fromkeys(told.trained_on[told.method == m]))}" for m in methods], names)
+    for r in told.to_dict("records"):
+        y, x = methods.index(r["method"]), names.index(r["dataset"])
+        ax.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fc="white", ec="0.75", hatch="////", lw=0.6))
+        _write(ax, x, y, f"{r[metric]:.4f}", bbox=dict(facecolor="white", edgecolor="none", pad=1.5))
+    ax.set_title(f"published, {'; '.join(dict.fromkeys(told.source))}: not measured here, protocols differ")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KRCC_MAX', 'srcc', 'krcc', 'plcc', 'rmse', 'logistic', 'Fit', 'fit_logistic', 'evaluate', 'compare', 'holm',
-           'over_seeds']
+           'over_seeds', 'evaluate_runs']
 
-# %% ../nbs/10_metrics.ipynb #142c2e65
+# %% ../nbs/10_metrics.ipynb #fc4e31c8
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-# %% ../nbs/10_metrics.ipynb #dc9f0a1a
+# %% ../nbs/10_metrics.ipynb #e021c05f
 def _check(
     pred: ArrayLike,                   # (n,) predictions
     score: ArrayLike,                  # (n,) true scores
@@ -30,7 +30,7 @@ def _check(
             raise ValueError(f"{name} in row {int(np.argmin(ok))} is {x[~ok][0]}; {(~ok).sum()} of {len(x)} are not finite: drop or mend these rows")
     return out[0], out[1]
 
-# %% ../nbs/10_metrics.ipynb #2d1c22b9
+# %% ../nbs/10_metrics.ipynb #2e71e5cc
 def _constant(
     pred: np.ndarray,   # (n,)
     score: np.ndarray,  # (n,)
@@ -41,7 +41,7 @@ def _constant(
     if which: warnings.warn(f"{' and '.join(which)} are constant: {name} is undefined", stats.ConstantInputWarning, stacklevel=3)
     return bool(which)
 
-# %% ../nbs/10_metrics.ipynb #37e89262
+# %% ../nbs/10_metrics.ipynb #400c3a8d
 def srcc(
     pred: ArrayLike,   # (n,) predictions, higher is better
     score: ArrayLike,  # (n,) true scores
@@ -50,7 +50,7 @@ def srcc(
     p, s = _check(pred, score)
     return float("nan") if _constant(p, s, "SRCC") else float(stats.spearmanr(p, s).statistic)
 
-# %% ../nbs/10_metrics.ipynb #7037121c
+# %% ../nbs/10_metrics.ipynb #c2dd66f4
 def krcc(
     pred: ArrayLike,   # (n,) predictions, higher is better
     score: ArrayLike,  # (n,) true scores
@@ -59,7 +59,7 @@ def krcc(
     p, s = _check(pred, score)
     return float("nan") if _constant(p, s, "KRCC") else float(stats.kendalltau(p, s).statistic)
 
-# %% ../nbs/10_metrics.ipynb #6cd11f99
+# %% ../nbs/10_metrics.ipynb #c1c6a80f
 def plcc(
     pred: ArrayLike,   # (n,) predictions, higher is better
     score: ArrayLike,  # (n,) true scores
@@ -71,7 +71,7 @@ def plcc(
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         return float(stats.pearsonr(p, s).statistic)
 
-# %% ../nbs/10_metrics.ipynb #6517c32c
+# %% ../nbs/10_metrics.ipynb #f1cbacf8
 def rmse(
     pred: ArrayLike,   # (n,) predictions, 0-100
     score: ArrayLike,  # (n,) true scores, 0-100
@@ -80,7 +80,7 @@ def rmse(
     p, s = _check(pred, score)
     return float(np.sqrt(np.mean((p - s) ** 2)))
 
-# %% ../nbs/10_metrics.ipynb #4635404f
+# %% ../nbs/10_metrics.ipynb #20e8adc0
 def logistic(
     x: ArrayLike,                                  # predictions
     b1: float, b2: float, b3: float, b4: float,    # right end, left end, middle, width
@@ -101,7 +101,7 @@ class Fit(NamedTuple):
     def __call__(self, x: ArrayLike) -> np.ndarray:  # predictions -> fitted scores
         return logistic(x, *self.params) if self.converged else np.polyval(self.params, np.asarray(x, float))
 
-# %% ../nbs/10_metrics.ipynb #4fc923a3
+# %% ../nbs/10_metrics.ipynb #cc98df4b
 def _line(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # (slope, intercept) by least squares
     "Straight line; flat where `x` is constant."
     slope = 0.0 if np.ptp(x) == 0 else np.mean((x - x.mean()) * (y - y.mean())) / x.var()
@@ -119,7 +119,7 @@ def _logistic_params(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:  # both
     worse = np.mean((logistic(x, *b) - y) ** 2) > np.mean((np.polyval(_line(x, y), x) - y) ** 2) * (1 + 1e-6)
     return b if np.isfinite(b).all() and b[3] != 0 and not worse else None
 
-# %% ../nbs/10_metrics.ipynb #fe060d52
+# %% ../nbs/10_metrics.ipynb #cac78095
 def fit_logistic(
     pred: ArrayLike,   # (n,) predictions
     score: ArrayLike,  # (n,) true scores
@@ -133,7 +133,7 @@ def fit_logistic(
     b = (s.mean() + s.std() * b[0], s.mean() + s.std() * b[1], p.mean() + p.std() * b[2], p.std() * abs(b[3]))
     return Fit("logistic", tuple(map(float, b)))
 
-# %% ../nbs/10_metrics.ipynb #e5d76859
+# %% ../nbs/10_metrics.ipynb #b0be30d3
 def _counts(
     n: int,                    # images
     n_boot: int,               # resamples
@@ -148,7 +148,7 @@ def _counts(
         draws = rng.integers(m, size=(rows, m)) + m * np.arange(rows)[:, None]
         yield np.bincount(draws.ravel(), minlength=rows * m).reshape(rows, m)[:, codes].astype(np.float64)
 
-# %% ../nbs/10_metrics.ipynb #0407c57e
+# %% ../nbs/10_metrics.ipynb #de3eede2
 def _boot_ranks(
     x: np.ndarray,  # (n,) values
     w: np.ndarray,  # (b, n) counts
@@ -174,7 +174,7 @@ def _boot_plcc(
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where((xx > floor[0]) & (yy > floor[1]), xy / np.sqrt(xx * yy), np.nan)
 
-# %% ../nbs/10_metrics.ipynb #806234a0
+# %% ../nbs/10_metrics.ipynb #f7d85b29
 KRCC_MAX = 4000  # images, above which KRCC gets no interval
 
 
@@ -191,7 +191,7 @@ def _boot_krcc(
             total[k] += (w[:, i:i + 512] * (w32 @ s.T)).sum(1)  # sums of small integers: exact in fp32
     with np.errstate(invalid="ignore", divide="ignore"): return np.where(total[1] * total[2] > 0, total[0] / np.sqrt(total[1] * total[2]), np.nan)
 
-# %% ../nbs/10_metrics.ipynb #92e604f5
+# %% ../nbs/10_metrics.ipynb #46ad26ec
 def _boot(
     metric: str,    # "srcc", "krcc", "plcc" or "rmse"
     x: np.ndarray,  # (n,) predictions
@@ -204,7 +204,7 @@ def _boot(
     if metric == "plcc": return _boot_plcc(x, y, w)
     return np.sqrt((w * (x - y) ** 2).sum(1) / w.sum(1))
 
-# %% ../nbs/10_metrics.ipynb #8a4f0afe
+# %% ../nbs/10_metrics.ipynb #fa1de7fe
 def _interval(values: np.ndarray) -> tuple[float, float]:  # the middle 95 %
     "Percentile interval; resamples in which the metric is undefined are left out."
     ok = values[~np.isnan(values)]
@@ -218,7 +218,7 @@ def _point(p: np.ndarray, s: np.ndarray) -> dict:  # the numbers without interva
     flat = np.ptp(fit(p)) == 0
     return raw | {"plcc_fitted": float("nan") if flat else plcc(fit(p), s), "rmse_fitted": rmse(fit(p), s), "fit": fit.kind}
 
-# %% ../nbs/10_metrics.ipynb #3136cd37
+# %% ../nbs/10_metrics.ipynb #0d3406cd
 def evaluate(
     pred: ArrayLike,                   # (n,) predictions, 0-100, higher is better
     score: ArrayLike,                  # (n,) true scores, 0-100
@@ -236,7 +236,7 @@ def evaluate(
         if blocks and m in names: out[f"{m}_low"], out[f"{m}_high"] = _interval(np.concatenate([b[names.index(m)] for b in blocks]))
     return out
 
-# %% ../nbs/10_metrics.ipynb #7f9d86c2
+# %% ../nbs/10_metrics.ipynb #73d92d74
 def compare(
     pred_a: ArrayLike,                # (n,) predictions of model a; or (runs, n), the metric is then the mean over runs
     pred_b: ArrayLike,                # the same of model b, same images
@@ -261,7 +261,7 @@ def compare(
     ahead = 0 if not (low > 0 or high < 0) else (1 if low > 0 else -1) * (-1 if metric == "rmse" else 1)
     return {"metric": metric, "n": len(s), "a": va, "b": vb, "diff": va - vb, "low": low, "high": high, "p": float(p), "better": {1: "a", -1: "b", 0: None}[ahead]}
 
-# %% ../nbs/10_metrics.ipynb #2c357ef6
+# %% ../nbs/10_metrics.ipynb #e462f46f
 def holm(
     p: ArrayLike,   # (m,) p-values of m comparisons
 ) -> np.ndarray:    # (m,) corrected, same order
@@ -272,7 +272,7 @@ def holm(
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return out
 
-# %% ../nbs/10_metrics.ipynb #5432ccf7
+# %% ../nbs/10_metrics.ipynb #e2d77c22
 def over_seeds(
     metrics: Sequence[dict],  # one dict of `evaluate` a run
     names: Sequence[str] = ("srcc", "krcc", "plcc", "rmse", "plcc_fitted", "rmse_fitted"),  # those to summarise
@@ -283,4 +283,25 @@ def over_seeds(
     for name in (k for k in names if all(k in m for m in metrics)):
         v = np.array([m[name] for m in metrics], dtype=float)
         out |= {f"{name}_mean": float(v.mean()), f"{name}_std": float(v.std(ddof=1)) if len(v) > 1 else float("nan"), f"{name}_median": float(np.median(v))}
+    return out
+
+# %% ../nbs/10_metrics.ipynb #66725c21
+def evaluate_runs(
+    preds: ArrayLike,                  # (n,) or (runs, n) predictions of the same images, a row a run
+    score: ArrayLike,                  # (n,) true scores, 0-100
+    n_boot: int = 1000,                # bootstrap resamples; 0 leaves the intervals out
+    seed: int = 0,                     # of the resamples
+    groups: ArrayLike | None = None,   # (n,) reference of each image: whole references are resampled
+) -> dict:  # as `evaluate`, each the mean over runs; n_runs, and srcc_std, krcc_std, ... over runs (ddof=1; nan for one run)
+    "Every metric of several runs on one test set, 95 % intervals of the means, spread over runs. ValueErrors as in `srcc`."
+    runs = [_check(p, score)[0] for p in np.atleast_2d(np.asarray(preds, dtype=np.float64))]
+    if not runs: raise ValueError("evaluate_runs needs at least one run's predictions, got none")
+    s, points = _check(runs[0], score)[1], [_point(p, _check(p, score)[1]) for p in runs]
+    names = [m for m in ("srcc", "krcc", "plcc", "rmse") if m != "krcc" or len(s) <= KRCC_MAX]
+    blocks = [[np.mean([_boot(m, p, s, w) for p in runs], 0) for m in names] for w in _counts(len(s), n_boot, seed, groups)]
+    out = {"n": len(s), "n_runs": len(runs), "fit": "linear" if any(p.pop("fit") == "linear" for p in points) else "logistic"}
+    for m in points[0]:
+        values = np.array([p[m] for p in points])
+        out[m], out[f"{m}_std"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else float("nan")
+        if blocks and m in names: out[f"{m}_low"], out[f"{m}_high"] = _interval(np.concatenate([b[names.index(m)] for b in blocks]))
     return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunError', 'experiments', 'find_notebook', 'parameters_of', 'parse_value', 'planned_folder', 'execute']
 
-# %% ../nbs/15_runs.ipynb #9c7b264b
+# %% ../nbs/15_runs.ipynb #79e5facb
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from .config import PROGRESS, Config, check_names, fingerprint, make_config
 from .data import load_set
 from .records import is_finished, read_lines, run_folder
 
-# %% ../nbs/15_runs.ipynb #dc4ab804
+# %% ../nbs/15_runs.ipynb #0fc419fc
 class RunError(RuntimeError):
     "A run did not finish; the message says where and how to go on."
 
@@ -60,7 +60,7 @@ def parameters_of(
         raise ValueError(f"{path}: has no cell tagged 'parameters' (nbdev_clean strips the tag without allowed_cell_metadata_keys = tags)")
     return {name: dict(default=p["default"], help=p["help"]) for name, p in found.items()}
 
-# %% ../nbs/15_runs.ipynb #96e4a41f
+# %% ../nbs/15_runs.ipynb #af43d42c
 def parse_value(text: str):
     "A value given as text: JSON, Python's True, False and None, or the text itself."
     try:
@@ -68,7 +68,7 @@ def parse_value(text: str):
     except json.JSONDecodeError:
         return text
 
-# %% ../nbs/15_runs.ipynb #830a2e9c
+# %% ../nbs/15_runs.ipynb #f6fb6175
 def _line(state: dict) -> str:
     "One line about a progress state: what, how far, rate, time left."
     done, rate = state["done"], (state["done"] - state["initial"]) / max(state["seconds"], 1e-9)
@@ -121,7 +121,7 @@ class _Watcher:
                       f"PLCC {row['val_plcc'] or float('nan'):.4f}, {row['seconds']:.0f} s")
         self.epochs = max(self.epochs, len(history))
 
-# %% ../nbs/15_runs.ipynb #cfb5c88d
+# %% ../nbs/15_runs.ipynb #baee457a
 def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name: str | None) -> Path:
     "The folder of a run: by configuration and data where the notebook takes a whole configuration, else by its parameters."
     names = [f for f in Config.__dataclass_fields__ if f in known]
@@ -130,7 +130,8 @@ def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name:
         return run_folder(cfg, load_set(cfg, progress=True), out, batch, name)
     files = [p for v in given.values() if isinstance(v, str) for p in (Path(v), Path(v) / "record.json") if p.is_file()]
     content = [hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in files]  # another checkpoint under the same name is another run
-    return out / batch / f"{name or stem}-{fingerprint([given, content])}"
+    what = {k: v for k, v in given.items() if k != "cache"}  # where pixels lie changes nothing
+    return out / batch / f"{name or stem}-{fingerprint([what, content])}"
 
 
 def planned_folder(

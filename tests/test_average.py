@@ -56,3 +56,25 @@ def test_runs_on_other_splits_are_refused(runs, tmp_path):
     splits.to_csv(other / "splits.csv", index=False)
     with pytest.raises(Exception, match="another split"):
         execute("average", dict(runs=f"{two[0]},{other}", threads=1, cache=str(out / "cache")), out=out, echo=None, name="split")
+
+
+def test_evaluate_marks_near_duplicates_of_the_models_own_pictures(standin, tmp_path):
+    """Trained on even pictures and tested on odd ones: a copy of a training picture is marked, one of the target's own training part is not."""
+    root = tmp_path / "set"
+    shutil.copytree(standin, root)
+    labels = pd.read_csv(root / "labels.csv")
+    mine = labels.image.str.contains(r"[02468]\.png")
+    other = labels.image[~mine & (labels.split == "test")].tolist() + labels.image[~mine & (labels.split == "train")].tolist()
+    trained = labels.image[mine & (labels.split == "train")].iloc[0]
+    labels.loc[labels.image == other[0], "split"] = "test"
+    labels.loc[labels.image == other[1], "split"] = "test"
+    shutil.copy(root / trained, root / other[0])    # met in training
+    shutil.copy(root / other[2], root / other[1])   # its twin is in a training part that this model never saw
+    labels.to_csv(root / "labels.csv", index=False)
+    common = {k: v for k, v in asdict(small_config(root)).items() if k in KEEP} | dict(
+        profile="lite", root=str(root), split="official", baseline=False, threads=1, cache=str(tmp_path / "cache"), epochs=1, ema=0.0,
+        group_duplicates=True, leaks="mark", val_fraction=0.2)
+    run = execute("train", common | dict(include="p*[02468].png", open_test=False), out=tmp_path, echo=None)
+    done = execute("evaluate", dict(checkpoint=str(run), include="p*[13579].png", threads=1, cache=common["cache"]), out=tmp_path, echo=None)
+    p = read_run(done)["predictions"].query("split == 'test'").set_index("image").near_duplicate
+    assert bool(p[other[0]]) and not bool(p[other[1]]) and p.sum() == 1
