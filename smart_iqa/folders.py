@@ -6,7 +6,7 @@
 __all__ = ['NOT_PIXELS', 'COLUMNS', 'SORTS', 'picture_suffixes', 'Found', 'printable', 'find_pictures', 'split_names', 'Journal',
            'read_scores', 'model_id', 'score_files', 'pick_rows', 'table_text', 'write_maps', 'contact_sheet']
 
-# %% ../nbs/18_folders.ipynb #53ae5afe
+# %% ../nbs/18_folders.ipynb #48a9e0b7
 import base64
 import csv
 import hashlib
@@ -34,7 +34,7 @@ from .images import ImageError, load_image
 from .records import write_whole
 from .scoring import Score, Scorer, ahead
 
-# %% ../nbs/18_folders.ipynb #9f7d63b6
+# %% ../nbs/18_folders.ipynb #327c889e
 NOT_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
 
 
@@ -42,7 +42,7 @@ def picture_suffixes() -> set[str]:
     "Suffixes, in small letters, of the files that are scored in a folder."
     return {s for s, kind in Image.registered_extensions().items() if kind not in NOT_PIXELS} | {".heic", ".heif", ".hif"}
 
-# %% ../nbs/18_folders.ipynb #2fa0b169
+# %% ../nbs/18_folders.ipynb #844ef89a
 @dataclass(frozen=True)
 class Found:
     "A picture to be scored, or something asked for that is not there."
@@ -66,7 +66,7 @@ def printable(text: str) -> str:
     "Text for a terminal or a page: line feeds, escape codes and marks that turn the writing direction are shown, not obeyed."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-# %% ../nbs/18_folders.ipynb #aac7cab2
+# %% ../nbs/18_folders.ipynb #80fdfd83
 def _is_picture(name: str, suffixes: set[str]) -> bool:
     "Whether a file in a folder is to be scored, by its name."
     of_map = name.lower().endswith(".map.png") and os.path.splitext(name[:-8])[1].lower() in suffixes
@@ -102,7 +102,7 @@ def _walk(root: str, recursive: bool) -> list[Found]:
             found += [Found(_tidy(os.path.join(folder, n)), root) for n in files if _is_picture(n, suffixes)]
     return sorted(found, key=lambda f: f.path)
 
-# %% ../nbs/18_folders.ipynb #5671b42d
+# %% ../nbs/18_folders.ipynb #807cd034
 def _match(pattern: str) -> tuple[str, list[str]]:  # the folder that the pattern starts from, what matches
     "Expand a pattern; `**` follows no links, hidden names match only where the pattern names them."
     parts = Path(os.path.expanduser(pattern)).parts
@@ -150,7 +150,7 @@ def split_names(
     lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     return [os.fsdecode(line) for line in lines if line]
 
-# %% ../nbs/18_folders.ipynb #f534d4d7
+# %% ../nbs/18_folders.ipynb #c3089466
 COLUMNS = dict(file=str, score=float, low=float, high=float, level=float, std=float, width=int, height=int,
                bytes=int, modified=str, model=str, error=str)
 _BEGINS = {".csv": ",".join(COLUMNS), ".jsonl": '{"file": '}
@@ -192,7 +192,7 @@ def _as_frame(rows: list[dict]) -> pd.DataFrame:
     types = {k: {str: "str", float: "float64", int: "Int64"}[kind] for k, kind in COLUMNS.items()}
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
-# %% ../nbs/18_folders.ipynb #d6361261
+# %% ../nbs/18_folders.ipynb #64593b4a
 class Journal:
     "The rows of an output file, appended one by one and put in order at the end."
 
@@ -253,7 +253,7 @@ def read_scores(
         raise ValueError(f"{path}: no such file")
     return _as_frame(Journal(path).read())
 
-# %% ../nbs/18_folders.ipynb #dae78ca9
+# %% ../nbs/18_folders.ipynb #d3311461
 def model_id(scorer: Scorer) -> str:
     "Name and fingerprint of all that defines a scorer's numbers, e.g. smart-lite@0123456789."
     rules = [asdict(scorer.policy), asdict(scorer.calibration) if scorer.calibration else None]
@@ -262,7 +262,7 @@ def model_id(scorer: Scorer) -> str:
         digest.update(name.encode() + t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{scorer.info.get('name', type(scorer.model).__name__)}@{digest.hexdigest()[:10]}"
 
-# %% ../nbs/18_folders.ipynb #70a8da3d
+# %% ../nbs/18_folders.ipynb #91fda58c
 def _stamp(path: str) -> tuple:  # bytes, modified; None and "" where there is no file
     "What tells whether a file has changed."
     at = _stat(path)
@@ -344,7 +344,7 @@ def _score_files(scorer: Scorer, found: list[Found], stamps: dict, mine: dict, j
     frame.attrs["kept"] = kept
     return frame
 
-# %% ../nbs/18_folders.ipynb #a8b7c316
+# %% ../nbs/18_folders.ipynb #beb2a99e
 SORTS = dict(found=None, score=("score", False), name=("file", True), size=("pixels", False), interval=("wide", True))
 
 
@@ -382,7 +382,7 @@ def table_text(
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     return "\n".join("  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths)), row[3]]) for row in rows)
 
-# %% ../nbs/18_folders.ipynb #359acbc7
+# %% ../nbs/18_folders.ipynb #358fa046
 def _below(found: list[Found]) -> Iterator[Path]:
     "For each picture its path below the folder that all were looked for in."
     roots = {os.path.abspath(f.root) for f in found}
@@ -426,7 +426,7 @@ def write_maps(
             failed.append(f"{f.file}: no map ({e})")
     return failed
 
-# %% ../nbs/18_folders.ipynb #ff716076
+# %% ../nbs/18_folders.ipynb #62b562b4
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1c1d20;--bg:#fff;--dim:#63666d;--card:#f3f4f6;--line:#d5d7db;--mark:#2563a8}
 @media(prefers-color-scheme:dark){:root{--fg:#e6e7e9;--bg:#17181a;--dim:#9da1a8;--card:#222427;--line:#3b3e43;--mark:#7db4f0}}

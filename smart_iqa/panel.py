@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'sentence', 'quality_figure', 'ScorePanel']
 
-# %% ../nbs/20_panel.ipynb #0f42546a
+# %% ../nbs/20_panel.ipynb #5bff6da4
 import html
 import io
 import math
@@ -20,7 +20,7 @@ from PIL import Image
 from .images import ImageError, load_image
 from .scoring import Score, Scorer, as_image, create_scorer
 
-# %% ../nbs/20_panel.ipynb #078fb3d3
+# %% ../nbs/20_panel.ipynb #a26c52f6
 STAGES = ("1: grain", "2: texture", "3: parts", "4: scene")
 
 
@@ -61,7 +61,7 @@ def quality_figure(
         axes[2].tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/20_panel.ipynb #f08c0cbb
+# %% ../nbs/20_panel.ipynb #4589c926
 def _ipywidgets():
     try:
         import ipywidgets
@@ -80,7 +80,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
         except ImageError as e:
             raise ImageError(str(e).replace(str(file), name)) from None
 
-# %% ../nbs/20_panel.ipynb #8435ec85
+# %% ../nbs/20_panel.ipynb #c81f3af8
 class ScorePanel:
     "A panel for a notebook: choose a photo; see score, interval, map and attention. ImportError without ipywidgets."
 

@@ -6,7 +6,7 @@
 __all__ = ['MAX_COLUMNS', 'as_image', 'Policy', 'layout', 'cut', 'Score', 'Scorer', 'ahead', 'create_scorer', 'save_scorer',
            'QualityMap', 'quality_map', 'differentiable_score']
 
-# %% ../nbs/17_scoring.ipynb #4c8329c0
+# %% ../nbs/17_scoring.ipynb #7d8e2d8a
 import importlib
 import json
 import math
@@ -31,7 +31,7 @@ from .images import MAX_PIXELS, ImageError, load_image, resize, resized_size, to
 from .intervals import Calibration, calibrate
 from .model import find_checkpoint, load_checkpoint, read_about, save_checkpoint
 
-# %% ../nbs/17_scoring.ipynb #28b17209
+# %% ../nbs/17_scoring.ipynb #409f87ef
 def _array_to_image(a: np.ndarray) -> Image.Image:
     "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16, bool or floats within 0-1."
     if a.ndim == 3 and a.shape[2] == 1:
@@ -69,7 +69,7 @@ def as_image(
         raise ImageError(f"a {type(picture).__name__} is no picture: give a path, a PIL image, an array or a tensor")
     return to_rgb(picture)
 
-# %% ../nbs/17_scoring.ipynb #3e762326
+# %% ../nbs/17_scoring.ipynb #bf426933
 @dataclass(frozen=True)
 class Policy:
     "How a picture becomes crops. It defines every score."
@@ -113,7 +113,7 @@ def cut(
     boxes = [(x * sx, y * sy, min((x + c) * sx, img.width), min((y + c) * sy, img.height)) for y, x in corners]
     return np.stack([np.asarray(img.resize((c, c), Image.Resampling.BILINEAR, box=b)) for b in boxes])
 
-# %% ../nbs/17_scoring.ipynb #f906063e
+# %% ../nbs/17_scoring.ipynb #0f63884b
 @dataclass(frozen=True)
 class Score:
     "What a model says of one picture."
@@ -237,7 +237,7 @@ def ahead(
         running += [pool.submit(function, item) for item in islice(items, 1)]
         yield result
 
-# %% ../nbs/17_scoring.ipynb #df6e969b
+# %% ../nbs/17_scoring.ipynb #f3de1089
 def _about_run(folder: Path) -> dict:
     "Policy, calibration and card of a training run, from its records."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -273,7 +273,7 @@ def save_scorer(
     about = dict(policy=asdict(scorer.policy), calibration=asdict(scorer.calibration) if scorer.calibration else None, info=scorer.info)
     save_checkpoint(scorer.model, path, about, dtype)
 
-# %% ../nbs/17_scoring.ipynb #6d20bed9
+# %% ../nbs/17_scoring.ipynb #253c82b5
 @dataclass(frozen=True)
 class QualityMap:
     "Scores of a picture's crops, where they lie; `score` is their mean."
@@ -336,7 +336,7 @@ def quality_map(
 
 Scorer.map = quality_map
 
-# %% ../nbs/17_scoring.ipynb #c6e387f1
+# %% ../nbs/17_scoring.ipynb #7a579c5f
 def differentiable_score(
     scorer: Scorer,
     x: torch.Tensor,           # (B, 3, H, W) RGB within 0-1
