@@ -6,7 +6,7 @@
 __all__ = ['MADE_BY', 'TAGS', 'LICENCES', 'ENGINES', 'model_card', 'save_pretrained', 'ExportError', 'export_onnx', 'check_onnx',
            'OnnxScorer', 'quantise_onnx', 'compare_engines']
 
-# %% ../nbs/19_export.ipynb #8e942f5f
+# %% ../nbs/19_export.ipynb #c729a42a
 import copy
 import importlib
 import json
@@ -34,7 +34,7 @@ from .metrics import compare, srcc
 from .model import GRID, LDA_GRIDS, CheckpointError
 from .scoring import Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer
 
-# %% ../nbs/19_export.ipynb #b105e3f1
+# %% ../nbs/19_export.ipynb #a1885353
 MADE_BY = "<!-- written by smart_iqa.export -->"  # a README.md without this line is somebody's own and is kept
 TAGS = ["image-quality-assessment", "blind-image-quality-assessment", "no-reference", "smart-iqa"]
 LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "openrail")
@@ -58,7 +58,7 @@ def _rows(facts: dict) -> str:
         return " ".join(told.replace("|", "\\|").replace("<", "&lt;").split())
     return "\n".join(["| | |", "|---|---|", *(f"| {tidy(k)} | {tidy(v)} |" for k, v in facts.items())])
 
-# %% ../nbs/19_export.ipynb #171403d3
+# %% ../nbs/19_export.ipynb #b0d7f945
 _CARD = """---
 {yaml}
 ---
@@ -102,7 +102,7 @@ def model_card(
     return _CARD.format(yaml=_front_matter(info), made_by=MADE_BY, name=" ".join(str(info.get("name", "SMART-IQA model")).split()),
                         model=_rows(model), info=_rows(info) if info else "Nothing.")
 
-# %% ../nbs/19_export.ipynb #a28195a9
+# %% ../nbs/19_export.ipynb #1b15f59b
 def save_pretrained(
     scorer: Scorer,
     folder: str | Path,                # made where it is missing
@@ -119,7 +119,7 @@ def save_pretrained(
         readme.write_text(model_card(scorer), encoding="utf-8")
     return folder
 
-# %% ../nbs/19_export.ipynb #4fc80e83
+# %% ../nbs/19_export.ipynb #617715bf
 class _Graph(nn.Module):
     "Bytes in, scores and attention out: normalisation, folded model, pooling by matrices. `.double()` makes it a reference."
 
@@ -142,7 +142,7 @@ class _Graph(nn.Module):
         attention = self.model.last_attention_weights
         return (scores,) if attention is None else (scores, attention)
 
-# %% ../nbs/19_export.ipynb #2889c382
+# %% ../nbs/19_export.ipynb #a65b9729
 class ExportError(RuntimeError):
     "An exported file whose numbers are not the model's."
 
@@ -176,7 +176,7 @@ def _trace(graph: nn.Module, crop: int):  # -> onnx.ModelProto, the batch free
         part.doc_string = ""
     return proto
 
-# %% ../nbs/19_export.ipynb #e1fa217d
+# %% ../nbs/19_export.ipynb #d3b8b6a5
 def export_onnx(
     scorer: Scorer,
     path: str | Path,     # .onnx; written whole or not at all
@@ -219,7 +219,7 @@ def check_onnx(
             rows.append(dict(crops=kind, batch=n, score=apart[:, 0].max(), attention=apart[:, 1:].max(initial=0)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/19_export.ipynb #12ab8e2c
+# %% ../nbs/19_export.ipynb #844176ca
 ENGINES = ("onnxruntime", "openvino")
 
 
@@ -248,7 +248,7 @@ def _openvino(path: Path, threads: int, precision: str):
         raise CheckpointError(f"{path}: cannot be read by OpenVINO ({type(e).__name__})") from None
     return lambda crops: [v.copy() for v in model(crops).to_tuple()], about
 
-# %% ../nbs/19_export.ipynb #c0dec71f
+# %% ../nbs/19_export.ipynb #62af1124
 class OnnxScorer(Scorer):
     "A scorer from a file of `export_onnx` or `quantise_onnx`, run by onnxruntime or OpenVINO on the CPU."
 
@@ -293,7 +293,7 @@ class OnnxScorer(Scorer):
         "Not to be had from an exported file: TypeError."
         raise TypeError("an exported model has no gradient: use create_scorer")
 
-# %% ../nbs/19_export.ipynb #a30753e7
+# %% ../nbs/19_export.ipynb #b51ea29a
 def _quantised_nodes(proto, crop: int, float_stages: int) -> list[str]:
     "Names of the backbone's convolutions, sums and activations whose maps are smaller than those of the stages that stay in fp32."
     sides = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in proto.graph.value_info}
@@ -349,7 +349,7 @@ def quantise_onnx(
     onnx.helper.set_model_props(proto, told | dict(precision=json.dumps(f"int8 ({len(nodes)} nodes; heads and {float_stages} of 4 stages in float32)")))
     onnx.save(proto, out)
 
-# %% ../nbs/19_export.ipynb #03e373bb
+# %% ../nbs/19_export.ipynb #d4c9086c
 def compare_engines(
     scorers: dict[str, Scorer],    # by name; the first is what the others are compared with
     pictures: Iterable,
