@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'MARKERS', 'PALETTE', 'STAGES', 'BASELINE', 'PARTS', 'COLUMN
            'attention_table', 'attention_by_decile', 'measured_table', 'results_table', 'markdown', 'arms_forest',
            'ladder', 'published_table', 'against_published', 'cross_wide', 'booktabs', 'cross_heatmap']
 
-# %% ../nbs/14_figures.ipynb #de72c0ac
+# %% ../nbs/14_figures.ipynb #a05e4a39
 import io
 import os
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from scipy import stats
 
 from .metrics import fit_logistic
 
-# %% ../nbs/14_figures.ipynb #70183c8e
+# %% ../nbs/14_figures.ipynb #197621fe
 WIDTH = 7.0  # inches: the text width of a two-column page
 MARKERS = "os^D"
 PALETTE = sns.color_palette("colorblind")  # named colours such as "C1" would be resolved at drawing, outside the style
@@ -43,7 +43,7 @@ def _figure(rows=1, cols=1, height=2.4, width=WIDTH, **kwargs):
     plt.close(fig)
     return fig, axes
 
-# %% ../nbs/14_figures.ipynb #62eadfe2
+# %% ../nbs/14_figures.ipynb #a54c67a5
 def save(
     fig: plt.Figure,  # what to write
     path,             # path without suffix; folders are made
@@ -61,14 +61,14 @@ def save(
         written.append(out)
     return written
 
-# %% ../nbs/14_figures.ipynb #e45b8c82
+# %% ../nbs/14_figures.ipynb #cd08e64f
 def _need(frame: pd.DataFrame, columns, what: str):
     "ValueError that names the missing columns, or says that the frame is empty."
     if missing := [c for c in columns if c not in frame]:
         raise ValueError(f"{what} lacks column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     if not len(frame): raise ValueError(f"{what} has no rows: nothing to draw")
 
-# %% ../nbs/14_figures.ipynb #606ca034
+# %% ../nbs/14_figures.ipynb #4d72e820
 def training_curves(
     history: pd.DataFrame,    # epoch (from 1), train_loss, val_srcc, val_plcc, lr_backbone, lr_head, seconds (optional)
     best_epoch: int | None = None,   # the epoch that was kept; None: the one of the highest val_srcc
@@ -91,7 +91,7 @@ def training_curves(
         for ax in axes[1:]: ax.legend()
     return fig
 
-# %% ../nbs/14_figures.ipynb #73e48e5b
+# %% ../nbs/14_figures.ipynb #d83c2631
 def _lines(ax, h, columns):
     "One line a column against the epoch; where a log axis follows, zeros are left out."
     names = {"val_srcc": "SRCC", "val_plcc": "PLCC", "lr_backbone": "backbone", "lr_head": "new parts"}
@@ -107,7 +107,7 @@ def _mark_best(ax, h, best_epoch):
     srcc = h.val_srcc[h.epoch == best_epoch].iloc[0]
     ax.set_title(f"kept: epoch {best_epoch}" + (f", SRCC {srcc:.3f}" if np.isfinite(srcc) else ""))
 
-# %% ../nbs/14_figures.ipynb #aeb3fe29
+# %% ../nbs/14_figures.ipynb #83f45103
 def scatter(
     predictions: pd.DataFrame,  # score (0-100), pred, optionally pred_std; rows with NaN in the first two are left out
     metrics: dict | None = None,       # as from metrics.evaluate: n, srcc, srcc_low, srcc_high, plcc, plcc_low, plcc_high of the same rows; None: only n is written
@@ -128,7 +128,7 @@ def scatter(
         ax.legend(loc="lower right", fontsize="small")
     return fig
 
-# %% ../nbs/14_figures.ipynb #7b0e1a43
+# %% ../nbs/14_figures.ipynb #1577f9cc
 def _points(ax, p):
     "Points with light bars of pred_std; many points become pixels inside the vector file."
     big, low, high = len(p) > 1000, min(p.pred.min(), p.score.min()), max(p.pred.max(), p.score.max())
@@ -147,7 +147,7 @@ def _caption(n: int, m: dict) -> str:
     "Lines for the corner: n, then each measure with its 95 % interval."
     return "\n".join([f"n = {n}", *(f"{k.upper()} {_interval(m, k)}" for k in ("srcc", "plcc") if m and k in m)])
 
-# %% ../nbs/14_figures.ipynb #7b9a09fa
+# %% ../nbs/14_figures.ipynb #f5d8da9a
 def _interval(m: dict, key: str, digits: int = 3) -> str:
     "'0.855 [0.840, 0.870]'; without the interval where there is none; '' where there is no value."
     value, low, high = (m.get(k) for k in (key, f"{key}_low", f"{key}_high"))
@@ -155,7 +155,7 @@ def _interval(m: dict, key: str, digits: int = 3) -> str:
     text = f"{value:.{digits}f}"
     return text if low is None or high is None or pd.isna(low) or pd.isna(high) else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
-# %% ../nbs/14_figures.ipynb #51e70b73
+# %% ../nbs/14_figures.ipynb #d6b945ad
 STAGES = ("a1", "a2", "a3", "a4")
 
 def _mean_interval(x: np.ndarray) -> tuple:
@@ -164,7 +164,7 @@ def _mean_interval(x: np.ndarray) -> tuple:
     if len(x) < 2: return (x.mean() if len(x) else np.nan), np.nan
     return x.mean(), stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
 
-# %% ../nbs/14_figures.ipynb #f4d36dd7
+# %% ../nbs/14_figures.ipynb #79fb08d6
 def attention_table(
     predictions: pd.DataFrame,  # score (0-100), a1..a4 (weights of stages 1..4)
 ) -> pd.DataFrame:              # a row a bin of true score: decile (from 1, worst), n, score, then a1..a4 and entropy (bits) with *_half
@@ -184,7 +184,7 @@ def attention_table(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_figures.ipynb #b9653359
+# %% ../nbs/14_figures.ipynb #657b16d5
 def attention_by_decile(
     predictions: pd.DataFrame,  # score (0-100), a1..a4
     title: str | None = None,          # e.g. "koniq-10k, test"
@@ -206,7 +206,7 @@ def attention_by_decile(
 
 def _bins(k: int) -> str: return "decile" if k == 10 else "bin"
 
-# %% ../nbs/14_figures.ipynb #ffeffc92
+# %% ../nbs/14_figures.ipynb #5c8ab98c
 BASELINE = "ridge on frozen features"
 PARTS = ("val", "test", "test_clean")
 
@@ -228,7 +228,7 @@ def measured_table(
     frame = pd.DataFrame(rows, columns=None if rows else ["run_id", "method", "dataset", "seed", "part", "n", "note"])
     return frame.sort_values("part", key=lambda s: s.map(order).fillna(len(order)), kind="stable", ignore_index=True) if rows else frame
 
-# %% ../nbs/14_figures.ipynb #e0f5a13e
+# %% ../nbs/14_figures.ipynb #483ebe05
 COLUMNS = {"srcc": ("SRCC", 3), "plcc": ("PLCC", 3), "plcc_fitted": ("PLCC after fit", 3), "krcc": ("KRCC", 3), "rmse": ("RMSE", 2), "rmse_fitted": ("RMSE after fit", 2)}
 
 def _difference(row) -> str:
@@ -251,14 +251,14 @@ def results_table(
     if m.note.notna().any(): table["note"] = m.note.fillna("")
     return table
 
-# %% ../nbs/14_figures.ipynb #9e243e55
+# %% ../nbs/14_figures.ipynb #9e765c69
 def markdown(
     frame: pd.DataFrame,  # any table
 ) -> str:                 # GitHub pipe table, values as they stand
     "A frame as Markdown, without its index; strings are not taken for numbers."
     return frame.astype(object).where(frame.notna(), "").to_markdown(index=False, disable_numparse=True)
 
-# %% ../nbs/14_figures.ipynb #7f785413
+# %% ../nbs/14_figures.ipynb #cf97e78d
 def arms_forest(
     compared: pd.DataFrame,  # of `compare_arms`: arm, diff, low, high, p_holm
     title: str = "",
@@ -269,17 +269,17 @@ def arms_forest(
     c = compared.dropna(subset=["diff"]).sort_values("diff")
     _need(c, [], "comparison without its control")
     with style():
-        fig, ax = _figure(height=0.8 + 0.28 * len(c), width=WIDTH * 0.75)
+        fig, ax = _figure(height=0.9 + 0.28 * len(c), width=WIDTH * (0.75 if c.arm.str.len().max() < 30 else 1.0))
         ax.axvline(0, color="0.4", lw=0.8)
         for y, r in enumerate(c.itertuples()):
             ax.plot([r.low, r.high], [y, y], color=PALETTE[0], lw=1.5)
             ax.plot(r.diff, y, "o", color=PALETTE[0], mfc=PALETTE[0] if r.p_holm < 0.05 else "white")
-        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel=f"{what} (95 % interval)", title=title)
+        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel=f"{what}\n(95 % interval)", title=title)
         ax.set_ylim(-0.6, len(c) - 0.4)
         ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../nbs/14_figures.ipynb #5aa10e45
+# %% ../nbs/14_figures.ipynb #a46de26c
 def ladder(
     damaged: pd.DataFrame,  # photo, kind, level (0: undamaged), score (0-100)
 ) -> plt.Figure:
@@ -301,7 +301,7 @@ def ladder(
         fig.supylabel("score (0-100)", fontsize="medium")
     return fig
 
-# %% ../nbs/14_figures.ipynb #caad0603
+# %% ../nbs/14_figures.ipynb #73823235
 _PUBLISHED = ["table", "method", "dataset", "srcc", "plcc", "trained_on", "protocol", "source"]
 
 def published_table(
@@ -320,7 +320,7 @@ def published_table(
     if tables is not None: p = p[p.table.isin(tables)]
     return p.reset_index(drop=True)
 
-# %% ../nbs/14_figures.ipynb #961523ec
+# %% ../nbs/14_figures.ipynb #946e40ee
 def against_published(
     measured: pd.DataFrame,          # as from `measured_table`: method, dataset, part, n, srcc, srcc_low, srcc_high, ...
     dataset: str = "koniq-10k",      # the set to show
@@ -344,7 +344,7 @@ def against_published(
         b.set(title=f"measured here, {part} part, 95 % intervals", xlabel=f"{metric.upper()} on {dataset}")
     return fig
 
-# %% ../nbs/14_figures.ipynb #9f9822e6
+# %% ../nbs/14_figures.ipynb #057db73a
 def _measured_label(r: dict) -> str:
     seed = "" if r.get("seed") is None or pd.isna(r["seed"]) else f", seed {r['seed']:g}" if isinstance(r["seed"], (int, float)) else f", seed {r['seed']}"
     return f"{r['method']}  (n = {r['n']:g}{seed})"
@@ -360,7 +360,7 @@ def _dots(ax, frame, metric, labels, hollow):
         ax.plot(frame[metric], y, "o", color=PALETTE[0], ms=4.5)
     ax.set(yticks=y, yticklabels=labels, ylim=(-0.7, max(len(frame), 1) - 0.3))
 
-# %% ../nbs/14_figures.ipynb #b9ee8603
+# %% ../nbs/14_figures.ipynb #f1365a1c
 def cross_wide(
     cells: pd.DataFrame,   # of `records.cross_cells`: model, set, n and the metric; `own` (bool) where a model meets the set that it was trained on
     metric: str = "srcc",  # any key of COLUMNS
@@ -390,7 +390,7 @@ def booktabs(
     lines = [*head, rf"\begin{{tabular}}{{l{'r' * (frame.shape[1] - 1)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/14_figures.ipynb #84a2d9ac
+# %% ../nbs/14_figures.ipynb #2c81c2e3
 def cross_heatmap(
     cells: pd.DataFrame,    # as for `cross_wide`; n_runs and <metric>_std where there are several runs
     metric: str = "srcc",
@@ -411,7 +411,7 @@ def cross_heatmap(
             _published_grid(axes[1, 0], told, metric)
     return fig
 
-# %% ../nbs/14_figures.ipynb #6ac50bdd
+# %% ../nbs/14_figures.ipynb #ceec0871
 def _write(ax, x: float, y: float, text: str, **kw):
     ax.text(x, y, text, ha="center", va="center", fontsize="small", linespacing=1.25, **kw)
 
