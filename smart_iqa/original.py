@@ -6,7 +6,7 @@
 __all__ = ['FLAGS', 'SCRIPTS', 'TEST_SETS', 'TOOLS', 'CROSS', 'Flag', 'Translation', 'translate', 'index_names', 'Crops',
            'DataLoader']
 
-# %% ../nbs/22_original.ipynb #8681af1d
+# %% ../nbs/22_original.ipynb #bf3e7c59
 import json
 import shlex
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from .config import check_names, make_config
 from .crops import build_cache, crop_batches, grid_plan, normalise, random_plan
 from .data import ImageSet, load_set
 
-# %% ../nbs/22_original.ipynb #8d781e32
+# %% ../nbs/22_original.ipynb #19e2d2d7
 class Flag(NamedTuple):
     "What a published flag is here."
     ours: str | None        # our parameter; None: nothing to set
@@ -76,7 +76,7 @@ FLAGS = {
     "--base_dir": Flag(None),
 }
 
-# %% ../nbs/22_original.ipynb #88b2902a
+# %% ../nbs/22_original.ipynb #b4db19cf
 SCRIPTS = {  # profile, and what the script assumed that the profile does not
     "train_smart_iqa.py": ("paper", {}),
     "train_swin.py": ("paper", dict(dataset="livec", model_size="tiny", lr=2e-5, weight_decay=5e-4, batch_size=96, epochs=16, train_crops=25, test_crops=25, alpha=0.5, patience=5,
@@ -87,11 +87,11 @@ SCRIPTS = {  # profile, and what the script assumed that the profile does not
 TEST_SETS = {"koniq": ("koniq-10k", "koniq-10k"), "spaq": ("spaq", "spaq-test"), "kadid": ("kadid-10k", "kadid-test"), "agiqa": ("agiqa-3k", "agiqa-test")}  # dataset, folder
 
 TOOLS = {  # script: our command, what differs
-    "compute_complexity.py": ("smart-iqa run speed models=base", "MACs and parameters by model, and times beside the published loop on this machine; the 17.77 G were of another counter"),
-    "compute_complexity_resnet.py": ("smart-iqa run speed", "the parameters of HyperIQA stand in nbs/08_model.ipynb"),
-    "quick_test.py": ("smart-iqa run speed repeats=1", ""),
-    "run_all_complexity.py": ("smart-iqa run speed models=tiny,small,base", ""),
-    "generate_complexity_table.py": ("smart-iqa run speed models=tiny,small,base", "the tables are part of the run"),
+    "compute_complexity.py": ("smart-iqa run complexity models=base", "parameters, MACs by two counters and times by batch and precision; the 17.77 G were of another counter"),
+    "compute_complexity_resnet.py": ("smart-iqa run complexity models=hyperiqa", ""),
+    "quick_test.py": ("smart-iqa run complexity models=lite repeats=1", ""),
+    "run_all_complexity.py": ("smart-iqa run complexity models=tiny,small,base", ""),
+    "generate_complexity_table.py": ("smart-iqa run complexity models=tiny,small,base", "the tables are part of the run"),
     "visualize_attention.py": ("smart-iqa run evaluate checkpoint=CHECKPOINT dataset=koniq-10k root=koniq-10k split=paper", "attention of every test picture, by tenths of true score, not of three pictures"),
     "create_attention_comparison.py": ("smart-iqa run evaluate checkpoint=CHECKPOINT dataset=koniq-10k root=koniq-10k split=paper", "the same figure: it compares low with high quality"),
     "generate_ablation.py": ("smart-iqa run study root=koniq-10k profile=paper arms='{\"no gate\": {\"use_attention\": false}, \"no AFA\": {\"use_attention\": false, \"use_multiscale\": false}}'",
@@ -102,7 +102,7 @@ TOOLS = {  # script: our command, what differs
 }
 CROSS = ("test_cross_dataset.py", "cross_dataset_test.py", "run_cross_dataset_test.sh")
 
-# %% ../nbs/22_original.ipynb #300b7ba0
+# %% ../nbs/22_original.ipynb #ba736251
 class Translation(NamedTuple):
     "Our command for a published one."
     command: str               # to be run in a shell
@@ -145,7 +145,7 @@ def _flags(words: list[str]) -> tuple[dict[str, str | list[str] | None], list[st
         given[flag] = None if takes == 0 else follow if takes < 0 else follow[0]
     return given, unknown
 
-# %% ../nbs/22_original.ipynb #20b3481d
+# %% ../nbs/22_original.ipynb #3982af3e
 _LOSSES = {"srcc": "plcc", "pairwise": "fidelity"}
 
 
@@ -172,7 +172,7 @@ def _differs(profile: str, parameters: dict) -> dict:
     cfg = make_config(profile, **named)
     return {k: getattr(cfg, k) if k in named else v for k, v in parameters.items() if k not in named or k in ("dataset", "split") or getattr(cfg, k) != getattr(base, k)}
 
-# %% ../nbs/22_original.ipynb #58e7e347
+# %% ../nbs/22_original.ipynb #da03b83f
 def _training(name: str, given: dict) -> tuple[str, dict, list[str]]:
     "Command, parameters and notes of a training script."
     profile, assumed = SCRIPTS[name]
@@ -230,7 +230,7 @@ def translate(
         command, parameters, notes = _cross(given)
     return Translation(command, tuple(dict.fromkeys(notes)), tuple(unknown), parameters)
 
-# %% ../nbs/22_original.ipynb #48d04221
+# %% ../nbs/22_original.ipynb #1322015f
 def index_names(
     found: ImageSet,
 ) -> list[str]:  # images in order of their file names, or references where pictures share them

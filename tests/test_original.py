@@ -86,7 +86,7 @@ COMMANDS = {
             "python run_all_complexity.py",
             "python generate_complexity_table.py",
         ),
-        "speed",
+        "complexity",
     ),
     **dict.fromkeys(
         (
