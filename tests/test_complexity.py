@@ -79,7 +79,8 @@ def test_times_and_memory_are_sane(run, counts):
     assert 0.95 * weights < one["memory"] < two["memory"] < 4 * weights
 
 
-@pytest.mark.parametrize("given, said", [(dict(models="lite,huge"), "huge: no such model; there are tiny"), (dict(precisions="int3"), "int3: no such precision"),
+@pytest.mark.parametrize("given, said", [(dict(models="lite,huge"), "huge: no such model; there are tiny"),
+                                         (dict(precisions="int3"), "int3: no such precision"),
                                          (dict(repeats=1), "at least 2 repeats")])
 def test_wrong_values_are_named(tmp_path, given, said):
     with pytest.raises(RunError, match=said):
