@@ -19,6 +19,7 @@ from smart_iqa.panel import quality_figure
 from smart_iqa.scoring import Policy, Scorer
 from smart_iqa.solver import Solver, make_model, predict
 
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Whatever ran before, models start the same."""
