@@ -1,6 +1,5 @@
 """The scorer: one score a picture whatever surrounds it, maps that are local, intervals that come along, and the packaged model."""
 import json
-import zlib
 
 import numpy as np
 import pytest
@@ -180,35 +179,6 @@ def test_unknown_models_are_named(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((RuntimeError, CheckpointError), match=said):
         create_scorer(name)
-
-
-def test_usage_of_the_original_readme(tmp_path, monkeypatch):
-    """The original repository's usage example, word for word, on a checkpoint with its wrapper."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    torch.manual_seed(zlib.crc32(b"usage"))
-    trained = smart_iqa.SmartIQA(model_size="base", use_attention=True)
-    torch.save({"model_state_dict": trained.state_dict()}, "checkpoints/best_model.pth")
-    image_tensor = torch.randn(1, 3, 224, 224)
-    code = """
-from smart_iqa import SmartIQA
-import torch
-
-# Load model
-model = SmartIQA(model_size='base', use_attention=True)
-checkpoint = torch.load('checkpoints/best_model.pth')
-model.load_state_dict(checkpoint['model_state_dict'])
-model.eval()
-
-# Predict quality
-with torch.no_grad():
-    quality_score = model(image_tensor)  # Range: 0-100
-    attention_weights = model.last_attention_weights
-"""
-    names = dict(image_tensor=image_tensor)
-    exec(code, names)
-    with torch.no_grad():
-        assert torch.equal(names["quality_score"], trained.eval()(image_tensor)) and names["attention_weights"].shape == (1, 4)
 
 
 def test_image_with_no_number_is_an_error(small):
