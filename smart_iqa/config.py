@@ -93,7 +93,11 @@ class Config:
     accumulate: int = 1            # batches whose gradients are added before a step
     clip: float = 1.0              # largest gradient norm; 0: no clipping
     patience: int = 7              # epochs without a better validation SRCC before stopping; 0: never stop early
-    protocol: str = "default"      # default, or legacy: the published protocol, for comparison only
+    protocol: str = "default"      # default, or legacy: the published protocol, all of `LEGACY` at once, for comparison only
+    choose_on: str = "val"         # the part that chooses the epoch; test is a published defect: the reported number is then the best of all epochs
+    lr_floor: float = 0.0          # the cosine ends at this rate in both groups, also where it lies above lr (a published defect); 0: at eta_min
+    legacy_losses: bool = False    # the published forms of rank, fidelity and srcc
+    rebuild_optimizer: bool = False  # a new optimizer each epoch, from the second on without the new parts: a published defect of HyperIQA
     baseline: bool = False         # fit ridge regression on frozen features beside the model
     seed: int = 42
     # machine: does not change what the run is
@@ -119,17 +123,17 @@ PROFILES = {
                  weight_decay=0.01, warmup=0.5, epochs=4, batch_size=32, patience=0, baseline=True, seed=0,
                  group_duplicates=False),
 }
-LEGACY = dict(fit="squash", test_positions="random")
+LEGACY = dict(fit="squash", test_positions="random", choose_on="test", lr_floor=1e-6, legacy_losses=True)
 
 # %% ../nbs/00_config.ipynb #65bbf7e4
 _TYPES = {f.name: f.type for f in fields(Config)}
 _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "none"), leaks=("auto", "error", "mark"), on_error=("raise", "skip"),
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"), head=("hyper", "plain"), afa=("concat", "projected"),
                 optimizer=("adamw", "adam"), schedule=("cosine", "step", "constant", "hyperiqa"),
-                protocol=("default", "legacy"), amp=("auto", "on", "off"))
+                protocol=("default", "legacy"), choose_on=("val", "test"), amp=("auto", "on", "off"))
 _POSITIVE = ("size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size", "accumulate", "lr", "step_epochs", "val_fraction",
              "test_fraction")
-_NOT_NEGATIVE = ("limit", "patience", "weight_decay", "warmup", "color_jitter", "clip", "alpha", "margin", "eta_min", "head_lr_ratio")
+_NOT_NEGATIVE = ("limit", "patience", "weight_decay", "warmup", "color_jitter", "clip", "alpha", "margin", "eta_min", "lr_floor", "head_lr_ratio")
 _PARTS = ("val_fraction", "test_fraction", "cal_fraction", "teacher_weight", "ema", "drop_path", "dropout")
 
 
@@ -184,6 +188,8 @@ def make_config(
             raise ValueError(f"{name}={getattr(cfg, name)}: must lie between 0 and 1")
     if cfg.crop > cfg.size:
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
+    if cfg.rebuild_optimizer and cfg.frozen:
+        raise ValueError("rebuild_optimizer=True leaves nothing but the backbone to learn after the first epoch, and frozen=True freezes that: switch one of them off")
     return cfg
 
 # %% ../nbs/00_config.ipynb #bdf16dad

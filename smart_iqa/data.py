@@ -83,7 +83,8 @@ def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFra
     outside = np.flatnonzero(np.isfinite(t.mos) & ((t.mos < lo - 1e-6) | (t.mos > hi + 1e-6)))
     problems += [(t.image[i], f"row {row[i]}: label {t.mos[i]:g} is outside the declared {lo[i]:g} to {hi[i]:g}") for i in outside]
     problems += [(t.image[i], f"row {row[i]}: named twice in the labels") for i in np.flatnonzero(t.image.duplicated())]
-    return t[["image", "mos", "score", "std", "ref", "split"]], problems
+    votes = ["votes"] if "votes" in t else []  # where the set tells how many people there were
+    return t[["image", "mos", "score", "std", *votes, "ref", "split"]], problems
 
 
 def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['WIDTH', 'MARKERS', 'PALETTE', 'STAGES', 'BASELINE', 'PARTS', 'COLUMNS', 'style', 'save', 'training_curves', 'scatter',
            'attention_table', 'attention_by_decile', 'measured_table', 'results_table', 'markdown', 'arms_forest',
-           'ladder', 'published_table', 'against_published', 'cross_wide', 'booktabs', 'cross_heatmap']
+           'ladder', 'published_table', 'against_published', 'cross_wide', 'booktabs', 'save_table', 'cross_heatmap']
 
 # %% ../nbs/14_figures.ipynb #a05e4a39
 import io
-import os
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from .metrics import fit_logistic
+from .records import write_whole
 
 # %% ../nbs/14_figures.ipynb #197621fe
 WIDTH = 7.0  # inches: the text width of a two-column page
@@ -55,9 +55,7 @@ def save(
         out = Path(f"{path}.{suffix}")  # not with_suffix: names may hold dots, as in lr=5e-7.v1
         out.parent.mkdir(parents=True, exist_ok=True)
         with style(): fig.savefig(buffer := io.BytesIO(), format=suffix, dpi=dpi, metadata=metadata)
-        tmp = out.with_name(f".{out.name}.{os.getpid()}")
-        tmp.write_bytes(buffer.getvalue())
-        os.replace(tmp, out)
+        write_whole(out, buffer.getvalue())
         written.append(out)
     return written
 
@@ -389,6 +387,19 @@ def booktabs(
     head = [r"\begin{table}", r"\centering", *([rf"\caption{{{tex(caption)}}}"] if caption else []), *([rf"\label{{{label}}}"] if label else [])]
     lines = [*head, rf"\begin{{tabular}}{{l{'r' * (frame.shape[1] - 1)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
+
+def save_table(
+    frame: pd.DataFrame,  # any table, as it is to be read
+    path,                 # without suffix; folders are made
+    caption: str,         # says what the numbers are: n, intervals, source; and the set's note where there is one
+    numbers: pd.DataFrame | None = None,  # the same unrounded, for the CSV; None: `frame`
+) -> list[Path]:          # [path.md, path.tex, path.csv]
+    "Write a table for a page, for a paper and for a program, each whole or not at all."
+    stem = Path(path).name
+    texts = dict(md=f"{caption}\n\n{markdown(frame)}\n", tex=booktabs(frame, caption, f"tab:{stem}"), csv=(frame if numbers is None else numbers).to_csv(index=False))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in texts.items(): write_whole(f"{path}.{suffix}", text)
+    return [Path(f"{path}.{suffix}") for suffix in texts]
 
 # %% ../nbs/14_figures.ipynb #2c81c2e3
 def cross_heatmap(

@@ -433,15 +433,22 @@ _KONIQ_SPLITS = {"training": "train", "validation": "val", "test": "test"}
 _KONIQ_FILES = FACTS["koniq-10k"].files
 
 
+def _koniq_columns(path: Path, **wanted: str) -> pd.DataFrame:
+    "name, std, and votes where the file counts them, beside the wanted columns."
+    labels = read_labels(path)
+    t = _columns(labels, path, name="image_name", std="SD", **wanted)
+    return t.assign(votes=_numbers(labels.c_total, path)) if "c_total" in labels else t
+
+
 def _koniq_labels(root: Path) -> pd.DataFrame:
-    "name, mos, std, split (where known) and scale from the CSV files of KonIQ-10k."
+    "name, mos, std, votes and split (where known) and scale from the CSV files of KonIQ-10k."
     sets, scores = _find(root, _KONIQ_FILES[1]), _find(root, _KONIQ_FILES[0], _KONIQ_FILES[3])
-    split = None if sets is None else _columns(read_labels(sets), sets, name="image_name", mos="MOS", std="SD", split="set")
+    split = None if sets is None else _koniq_columns(sets, mos="MOS", split="set")
     if sets is not None:
         split = split.assign(split=split.split.map(_KONIQ_SPLITS))
     if scores is None:
         return split.assign(scale=[(1, 100)] * len(split), std=split["std"] * 25)
-    t = _columns(read_labels(scores), scores, name="image_name", mos="MOS_zscore", std="SD")
+    t = _koniq_columns(scores, mos="MOS_zscore")
     t = t.assign(scale=[(0, 100)] * len(t), std=t["std"] * 25)  # votes are 1-5: four steps are 100 points
     return t if sets is None else t.merge(split[["name", "split"]], on="name", how="left")
 

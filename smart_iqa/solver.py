@@ -27,7 +27,7 @@ from .records import append_line, read_lines, write_lines
 
 # %% ../nbs/12_solver.ipynb #98d5a591
 def learning_rates(
-    cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min
+    cfg: Config,           # lr, head_lr_ratio, schedule, warmup, epochs, step_epochs, eta_min, lr_floor
     step: int,             # optimizer steps done
     steps_per_epoch: int,
 ) -> tuple[float, float]:  # of the backbone, of everything new
@@ -38,7 +38,7 @@ def learning_rates(
         return tuple(lr * (step + 1) / max(1, math.ceil(warm * steps_per_epoch)) for lr in tiers)
     if cfg.schedule == "cosine":
         falling = (1 + math.cos(math.pi * (epoch - warm) / max(total - warm, 1e-9))) / 2
-        ends = [1e-6, 1e-6] if cfg.protocol == "legacy" else [cfg.eta_min * lr for lr in tiers]
+        ends = [cfg.lr_floor or cfg.eta_min * lr for lr in tiers]
         return tuple(end + (lr - end) * falling for lr, end in zip(tiers, ends))
     if cfg.schedule == "step":
         return tuple(lr * 0.1 ** (int(epoch) // cfg.step_epochs) for lr in tiers)
@@ -51,10 +51,11 @@ def learning_rates(
 def make_optimizer(
     model: nn.Module,
     cfg: Config,
+    new_parts: bool = True,  # False: what HyperIQA's code optimizes from its second epoch on
 ) -> torch.optim.Optimizer:
     "AdamW or Adam over two groups: the backbone (none when frozen) and everything new."
     groups = [] if cfg.frozen else [dict(params=list(model.backbone.parameters()), tier=0)]
-    groups.append(dict(params=model.head_parameters(), tier=1))
+    groups += [dict(params=model.head_parameters(), tier=1)] if new_parts else []
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
@@ -177,7 +178,7 @@ class Solver:
     ):
         self.model, self.feed, self.cfg, self.folder = model, feed, cfg, Path(folder)
         self.on_epoch, self.progress = on_epoch, progress
-        self.loss = get_loss(cfg.loss, cfg.alpha, cfg.margin, legacy=cfg.protocol == "legacy")
+        self.loss = get_loss(cfg.loss, cfg.alpha, cfg.margin, legacy=cfg.legacy_losses)
         self.optimizer = make_optimizer(model, cfg)
         self.steps_per_epoch = -(-len(feed) // cfg.accumulate)
         table, device = feed.table, feed.device
@@ -198,6 +199,11 @@ class Solver:
         os.replace(temporary, self.folder / "resume.pt")
         self.saved = time.time()
 
+    def _rebuild(self, new_parts: bool):
+        "Forget the optimizer's moments, as the published code did each epoch."
+        if self.cfg.rebuild_optimizer:
+            self.optimizer = make_optimizer(self.model, self.cfg, new_parts)
+
     def resume(self) -> bool:
         "Go back to the last resume point; False when there is none."
         path = self.folder / "resume.pt"
@@ -206,6 +212,7 @@ class Solver:
         try:
             point = torch.load(path, weights_only=True, map_location="cpu")
             self.model.load_state_dict(point["model"])
+            self._rebuild(len(point["optimizer"]["param_groups"]) == len(self.optimizer.param_groups))
             self.optimizer.load_state_dict(point["optimizer"])
             if self.average:
                 self.average.load_state_dict(point["average"])
@@ -238,6 +245,7 @@ class Solver:
         self.model.train()
         if at["batch"] == 0:
             seed_everything(cfg.seed, at["epoch"])
+            self._rebuild(at["epoch"] == 0)
         batches = self.feed.train_batches(at["epoch"], at["batch"])
         started, before = time.time(), at["seconds"]
         for inputs, rows in track(batches, n, f"epoch {at['epoch'] + 1}/{cfg.epochs}", self.progress, at["batch"]):
@@ -257,7 +265,7 @@ class Solver:
     def _end_epoch(self) -> bool:
         "Validate, write the epoch down, keep the model if it is the best; True when training should stop."
         cfg, at = self.cfg, self.at
-        chosen_on = "test" if cfg.protocol == "legacy" else "val"
+        chosen_on = cfg.choose_on
         model = self.average.module if self.average else self.model
         p = predict(model, self.feed, chosen_on, cfg.val_crops)
         if not np.isfinite(p.pred).all():
