@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'MIN_SCENES', 'Cells', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines',
            'code_commit', 'environment', 'summarise', 'compare_arms', 'seen_before', 'cross_cells', 'compare_cells',
-           'is_finished', 'run_folder', 'open_run', 'read_run', 'list_runs', 'publish_run']
+           'is_finished', 'run_folder', 'open_run', 'read_run', 'run_digest', 'list_runs', 'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
+import hashlib
 import json
 import math
 import os
@@ -317,6 +318,17 @@ def read_run(
     predictions = folder / "predictions.csv"
     return run | dict(history=read_lines(folder / "metrics.jsonl"),
                       predictions=pd.read_csv(predictions, dtype={"image": str, "ref": str}) if predictions.exists() else None)
+
+
+def run_digest(
+    folder: str | Path,  # of a finished run
+) -> str:                # hexadecimal
+    "A digest of what tables and figures are made from: whoever shows numbers of a run keeps it, and can tell later whether they still stand."
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("record.json", "predictions.csv", "metrics.jsonl"):
+        path = Path(folder) / name
+        digest.update(path.read_bytes() if path.exists() else name.encode())
+    return digest.hexdigest()
 
 
 def list_runs(
