@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KRCC_MAX', 'srcc', 'krcc', 'plcc', 'rmse', 'logistic', 'Fit', 'fit_logistic', 'evaluate', 'compare', 'holm',
-           'over_seeds', 'evaluate_runs']
+           'over_seeds', 'evaluate_runs', 'boot_models', 'interval_of']
 
 # %% ../nbs/10_metrics.ipynb #fc4e31c8
 import warnings
@@ -305,3 +305,25 @@ def evaluate_runs(
         out[m], out[f"{m}_std"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else float("nan")
         if blocks and m in names: out[f"{m}_low"], out[f"{m}_high"] = _interval(np.concatenate([b[names.index(m)] for b in blocks]))
     return out
+
+# %% ../nbs/10_metrics.ipynb #a903f895
+def boot_models(
+    preds: dict[str, ArrayLike],       # model to (n,) or (runs, n) predictions of the same images
+    score: ArrayLike,                  # (n,) true scores
+    metric: str = "srcc",              # "srcc", "krcc", "plcc" or "rmse"
+    n_boot: int = 2000,                # resamples
+    seed: int = 0,                     # of the resamples
+    groups: ArrayLike | None = None,   # (n,) reference of each image
+) -> dict[str, np.ndarray]:            # model to (1 + n_boot,): the metric itself (the mean over runs), then that of every resample
+    "One metric of several models in the same bootstrap resamples. ValueErrors as in `srcc`."
+    runs = {k: [_check(p, score)[0] for p in np.atleast_2d(np.asarray(v, dtype=np.float64))] for k, v in preds.items()}
+    s = np.asarray(score, dtype=np.float64)
+    weights = [np.ones((1, len(s))), *_counts(len(s), n_boot, seed, groups)]
+    return {k: np.concatenate([np.mean([_boot(metric, p, s, w) for p in r], 0) for w in weights]) for k, r in runs.items()}
+
+
+def interval_of(
+    values: np.ndarray,  # (1 + n_boot,) a function of what `boot_models` gives
+) -> tuple[float, float, float]:  # the value, low, high (95 %); without resamples the ends are nan
+    "A value with its percentile interval; resamples in which it is undefined are left out."
+    return float(values[0]), *_interval(values[1:])

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MIN_SCENES', 'Cells', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines',
-           'code_commit', 'environment', 'summarise', 'compare_arms', 'seen_before', 'cross_cells', 'compare_cells',
-           'is_finished', 'run_folder', 'open_run', 'read_run', 'run_digest', 'list_runs', 'publish_run']
+           'code_commit', 'environment', 'part_of', 'summarise', 'compare_arms', 'seen_before', 'cross_cells',
+           'compare_cells', 'is_finished', 'run_folder', 'open_run', 'read_run', 'run_digest', 'list_runs',
+           'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
 import hashlib
@@ -131,16 +132,23 @@ def _resampling(part: pd.DataFrame) -> str:
     return "pictures" if scenes == len(part) else "scenes" if scenes >= MIN_SCENES else "nothing"
 
 
+def part_of(
+    predictions: pd.DataFrame,
+    part: str,  # val, test, or test_clean: the test part without pictures that have a near-duplicate in training or validation
+) -> pd.DataFrame:
+    "The rows of one part."
+    rows = predictions[predictions.split == part.split("_")[0]]
+    return rows[~rows.near_duplicate] if part == "test_clean" and "near_duplicate" in rows else rows
+
+
 def summarise(
     predictions: pd.DataFrame,  # split, score, ref, pred; baseline and near_duplicate where there are
     n_boot: int = 1000,
 ) -> dict:                      # parts, and where there is a baseline: baseline, comparison
     "Metrics with 95 % intervals of every part, of the baseline, and their paired difference."
     p = predictions
-    masks = {"val": p.split == "val", "test": p.split == "test"}
-    if "near_duplicate" in p and p.near_duplicate.any():
-        masks["test_clean"] = masks["test"] & ~p.near_duplicate
-    parts = {k: p[m] for k, m in masks.items() if m.sum() >= 2}
+    names = ["val", "test", *(["test_clean"] if "near_duplicate" in p and p.near_duplicate.any() else [])]
+    parts = {k: d for k in names if len(d := part_of(p, k)) >= 2}
     how = {k: _resampling(d) for k, d in parts.items()}
     groups = {k: d.ref if how[k] == "scenes" else None for k, d in parts.items()}
 
@@ -159,19 +167,20 @@ def summarise(
 def compare_arms(
     control: dict[int, dict],          # seed to finished run, as `read_run` gives it
     arms: dict[str, dict[int, dict]],  # the same for every arm
-    part: str = "val",
+    part: str = "val",                 # as `part_of` has them
     n_boot: int = 2000,
 ) -> pd.DataFrame:  # a row an arm, the control first: arm, seeds, n, srcc, srcc_std, and the gain over the control: diff, low, high, p, p_holm, better
-    "Mean validation SRCC over seeds, and its paired difference to the control. ValueError when arms saw other pictures."
+    "Mean SRCC over seeds, and its paired difference to the control; no intervals where scenes are too few. ValueError when arms saw other pictures."
     def predictions(runs: dict, seeds) -> pd.DataFrame:  # a column a seed
-        return pd.concat([r[r.split == part].set_index("image").pred.rename(s) for s in seeds for r in [runs[s]["predictions"]]], axis=1)
+        return pd.concat([part_of(runs[s]["predictions"], part).set_index("image").pred.rename(s) for s in seeds], axis=1)
 
     def row(arm: str, p: pd.DataFrame, score: pd.Series) -> dict:
         each = [srcc(p[s], score) for s in p]
         return dict(arm=arm, seeds=len(each), n=len(p), srcc=np.mean(each), srcc_std=np.std(each, ddof=1) if len(each) > 1 else np.nan)
 
-    labels = next(iter(control.values()))["predictions"].query("split == @part").set_index("image")
-    groups = labels.ref if _resampling(labels) == "scenes" else None
+    labels = part_of(next(iter(control.values()))["predictions"], part).set_index("image")
+    how = _resampling(labels)
+    groups = labels.ref if how == "scenes" else None
     rows = [row("control", predictions(control, control), labels.score)]
     for arm, runs in arms.items():
         if not (seeds := sorted(set(runs) & set(control))):
@@ -180,10 +189,12 @@ def compare_arms(
         if set(a.index) != set(labels.index) or a.isna().any(axis=None):
             raise ValueError(f"{arm}: its {part} pictures are not the control's: use the same data, split and split_seed")
         a, b = a.loc[labels.index], b.loc[labels.index]
-        c = compare(a.T, b.T, labels.score, n_boot=n_boot, groups=groups)
+        c = compare(a.T, b.T, labels.score, n_boot=n_boot if how != "nothing" else 1, groups=groups)
+        if how == "nothing":  # too few scenes to say how sure this is
+            c |= dict(low=np.nan, high=np.nan, p=np.nan)
         rows.append(row(arm, a, labels.score) | {k: c[k] for k in ("diff", "low", "high", "p")})
     frame = pd.DataFrame(rows, columns=["arm", "seeds", "n", "srcc", "srcc_std", "diff", "low", "high", "p"])
-    frame["p_holm"] = [np.nan, *holm(frame.p[1:])]
+    frame["p_holm"] = [np.nan, *holm(frame.p[1:])]  # NaN stays NaN
     frame["better"] = (frame.p_holm < 0.05) & (frame["diff"] > 0)
     return frame
 

@@ -29,6 +29,10 @@ from .records import is_finished, read_lines, run_folder
 class RunError(RuntimeError):
     "A run did not finish; the message says where and how to go on."
 
+    def __init__(self, message: str, kind: str = "", reason: str = ""):
+        super().__init__(message)
+        self.kind, self.reason = kind, reason  # of the error in the notebook: its class and its message
+
 
 def experiments() -> dict[str, Path]:
     "The experiment notebooks that come with this installation, by name."
@@ -176,7 +180,7 @@ def execute(
                 papermill.execute_notebook(str(path), str(folder / "run.ipynb"), parameters=given | dict(folder=str(folder)),
                                            kernel_name="python3", progress_bar=False, config=TraitConfig(KernelManager=ipc))
         except PapermillExecutionError as e:
-            raise RunError(f"{path.stem} failed with {e.ename}: {e.evalue}\nthe executed notebook: {folder / 'run.ipynb'}") from None
+            raise RunError(f"{path.stem} failed with {e.ename}: {e.evalue}\nthe executed notebook: {folder / 'run.ipynb'}", e.ename, e.evalue) from None
         finally:
             os.environ.pop(PROGRESS) if before is None else os.environ.update({PROGRESS: before})
     if not is_finished(folder):
