@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'TUNED', 'SEEDS', 'SIZES', 'HOPELESS', 'SHOWN', 'VERDICTS', 'recipe_of', 'seeds_of', 'Sweep', 'run_sweep',
-           'sweep_table', 'readable', 'caption_of', 'arms_figure', 'line_figure', 'show_table', 'claim', 'verdict_of',
-           'experiment_folder', 'write_experiment', 'is_current']
+           'sweep_table', 'readable', 'stacked', 'caption_of', 'arms_figure', 'line_figure', 'cost_figure',
+           'history_figure', 'show_table', 'claim', 'verdict_of', 'experiment_folder', 'write_experiment', 'is_current']
 
-# %% ../nbs/16_sweeps.ipynb #68b57f64
+# %% ../nbs/16_sweeps.ipynb #74872044
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
+from matplotlib.ticker import MaxNLocator
 
 from .config import check_names, fingerprint
 from .figures import PALETTE, WIDTH, _difference, _figure, _need, markdown, save, save_table, style
@@ -66,7 +67,7 @@ def seeds_of(
     "The seeds of a sweep."
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
-# %% ../nbs/16_sweeps.ipynb #ad99968d
+# %% ../nbs/16_sweeps.ipynb #7734322e
 HOPELESS = {"WeightsError": "weights are not on this machine", "TrainingError": "diverged"}  # errors that leave a row with a reason; others stop the sweep
 
 
@@ -95,6 +96,10 @@ class Sweep:
     @property
     def note(self) -> str | None:
         return next((run["note"] for run in self.runs.values() if run.get("note")), None)
+
+    @property
+    def dataset(self) -> str:
+        return next(iter(self.runs.values()))["dataset"]
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -132,7 +137,7 @@ def run_sweep(
         raise ValueError(f"no run of the control, {sweep.control!r}: {sweep.missing.get(sweep.control, 'give it seeds')}")
     return sweep
 
-# %% ../nbs/16_sweeps.ipynb #d66e6fd9
+# %% ../nbs/16_sweeps.ipynb #c9db3c00
 SHOWN = ("srcc", "plcc", "rmse")
 
 
@@ -183,6 +188,20 @@ def readable(
     if table.remark.any():
         shown["remark"] = table.remark
     return shown
+
+
+def stacked(
+    sweep: Sweep,
+    arms: list[str],
+) -> tuple[dict, pd.Series, pd.Series | None, bool]:  # arm to (seeds, n) predictions; scores (n,); groups for a bootstrap; whether there are scenes enough for one
+    "Predictions of several arms on the same pictures, as `metrics.boot_models` takes them. ValueError when arms saw other pictures."
+    parts = {a: [part_of(r["predictions"], sweep.compared).set_index("image").sort_index() for r in sweep.of(a).values()] for a in arms}
+    first = parts[arms[0]][0]
+    for a, each in parts.items():
+        if not all(p.index.equals(first.index) for p in each):
+            raise ValueError(f"{a}: its {sweep.compared} pictures are not those of {arms[0]}: use the same data, split and split_seed")
+    how = _resampling(first)
+    return {a: np.stack([p.pred for p in each]) for a, each in parts.items()}, first.score, first.ref if how == "scenes" else None, how != "nothing"
 
 
 def caption_of(
@@ -276,6 +295,52 @@ def line_figure(
         if log: ax.set_xscale("log")
         ax.set(xlabel=xlabel, ylabel="SRCC (95 % interval; dots: seeds)", title=title)
         if told: _published_panel(axes[1, 0], published, "srcc")
+    return fig
+
+# %% ../nbs/16_sweeps.ipynb #726e7446
+def cost_figure(
+    table: pd.DataFrame,   # of `sweep_table`
+    title: str = "",
+) -> plt.Figure:           # SRCC with 95 % intervals against parameters
+    "Arms by what they cost; those that were not run are named below."
+    t = table[table.seeds > 0]
+    _need(t, ["parameters", "srcc", "srcc_low", "srcc_high", "each"], "arms that were run")
+    with style():
+        fig, ax = _figure(height=2.5, width=WIDTH * 0.6)
+        for k, r in enumerate(t.itertuples()):
+            x = r.parameters / 1e6
+            ax.vlines(x, r.srcc_low, r.srcc_high, color=PALETTE[0], lw=1.2)
+            ax.plot([x] * r.seeds, _each(r), ".", color="0.45", ms=3, zorder=1)
+            ax.plot(x, r.srcc, "o", color=PALETTE[0], ms=5)
+            ax.annotate(r.arm, (x, r.srcc), xytext=(6, 3), textcoords="offset points", fontsize="small")
+        ax.margins(x=0.2)
+        lost = table.arm[table.seeds == 0].tolist()
+        ax.set(xlabel="parameters (millions)" + (f"\nnot run: {', '.join(lost)}" if lost else ""), ylabel="SRCC (95 % interval; dots: seeds)", title=title)
+    return fig
+
+
+def history_figure(
+    runs: dict[str, dict],  # label to a run
+    groups: dict[str, str] | None = None,  # label to the group whose colour it has; None: a colour each
+) -> plt.Figure:            # training loss, and SRCC on the part that chose, by epoch
+    "How several runs went; a dot marks the epoch that was kept."
+    colours = {g: PALETTE[k % len(PALETTE)] for k, g in enumerate(dict.fromkeys((groups or {r: r for r in runs}).values()))}
+    with style():
+        fig, axes = _figure(cols=2, height=2.3)
+        for label, run in runs.items():
+            h, colour = run["history"], colours[(groups or {}).get(label, label)]
+            for ax, column in zip(axes, ("train_loss", "val_srcc")):
+                ax.plot(h.epoch, h[column].astype(float), lw=1.1, color=colour, label=(groups or {}).get(label, label))
+            kept = h[h.epoch == run["best_epoch"]]
+            axes[1].plot(kept.epoch, kept.val_srcc, "o", ms=4, color=colour)
+        axes[0].set(ylabel="training loss", yscale="log", title=f"{len(runs)} runs")
+        part = "test" if any("chosen_on" in r["history"] and (r["history"].chosen_on == "test").any() for r in runs.values()) else "validation"
+        axes[1].set(ylabel=f"SRCC ({part})", title="dots: the epochs that were kept")
+        for ax in axes:
+            ax.set_xlabel("epoch")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
     return fig
 
 # %% ../nbs/16_sweeps.ipynb #5e5bf649
