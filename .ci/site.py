@@ -22,8 +22,8 @@ cfg = config["DEFAULT"]
 DIRECTIVE = re.compile(r"^#\|\s*(\w+).*\n?", re.M)  # nbdev's: "#| export"
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)([^)\s]*)\)")  # a Markdown link to a file
 CSS = """\
-@media (min-width: 100em) { .content { width: 62em; } .sidebar-drawer { width: calc(50% - 33em); } }
-.formula { overflow-x: auto; margin: 1em 0; }
+@media (min-width: 105em) { .content { width: 56em; } .sidebar-drawer { width: calc(50% - 31em); } }
+.formula { overflow-x: auto; margin: 0.6em 0; padding: 0.5em 0; }
 math { font-size: 1.1em; }
 .cell.tag_exported > .cell_input { position: relative; border-left-color: var(--color-brand-primary); }
 .cell.tag_exported > .cell_input::before { content: "in the package"; position: absolute; right: 1em; top: -0.8em; padding: 0 0.4em;
@@ -31,6 +31,8 @@ math { font-size: 1.1em; }
 .cell_output { overflow-x: auto; }
 .cell_output img { max-width: 100%; height: auto; background: #fff; }
 .cell_output table { font-size: var(--font-size--small); }
+.cell_output table.dataframe { border: 0; border-collapse: collapse; }
+.cell_output table.dataframe :is(th, td) { border: 0; border-bottom: 1px solid var(--color-background-border); padding: 0.2em 0.6em; text-align: right; }
 """
 CITE = """\
 # How to cite
@@ -86,8 +88,8 @@ def outside(text: str, path: Path) -> str:
         target, rest = match.groups()
         if not (path.parent / target).exists():
             sys.exit(f"{path.name}: link to {target}, which does not exist")
-        inside = target.removeprefix("nbs/")
-        known = target.endswith(".ipynb") or target in ("CHANGELOG.md", "CONTRIBUTING.md")
+        inside = "index.ipynb" if target == "README.md" else target.removeprefix("nbs/")  # the README is made from the index
+        known = inside.endswith(".ipynb") or target in ("CHANGELOG.md", "CONTRIBUTING.md")
         return f"]({inside}{rest})" if known else f"]({cfg['git_url']}/blob/{cfg['branch']}/{target}{rest})"
     return LINK.sub(to, text)
 
