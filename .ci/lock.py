@@ -19,7 +19,7 @@ HEADER = """\
 #     pip install -r .ci/requirements.lock && pip install --no-deps .
 #
 # Local version suffixes (+cu130) are dropped, and so is what exists for one kind of GPU only (CUDA libraries, Triton):
-# PyTorch pins those itself and pip installs them where they belong.
+# PyTorch asks for those itself, pinned or nearly so, and pip installs them where they belong.
 """
 GPU = ("nvidia-", "cuda-", "triton")
 
