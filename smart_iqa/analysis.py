@@ -154,11 +154,11 @@ def correlations(
             rows.append(dict(what=what, seed=seed, n=len(score), rho=rho, low=low, high=high, p=_two_sided(b[1:])))
     return corrected(pd.DataFrame(rows))
 
-# %% ../nbs/17_analysis.ipynb #540433ae
+# %% ../nbs/17_analysis.ipynb #90ba6696
 def correlation_forest(
     frame: pd.DataFrame,  # of `correlations`
     title: str = "",
-    xlabel: str = "Spearman correlation with the true score (95 % interval)",
+    xlabel: str = "Spearman correlation with the true score",
 ) -> plt.Figure:
     "One line a quantity: the mean over seeds with its interval, filled where the corrected p-value is below .05; single seeds as small circles."
     mean = frame[frame.seed == "mean"].reset_index(drop=True)
@@ -170,7 +170,7 @@ def correlation_forest(
             if len(each) > 1: ax.plot(each.rho, np.full(len(each), y + 0.24), "o", ms=3, mfc="white", mec="0.4", mew=0.8, label="single seeds" if y == 0 else None)
             ax.plot([r.low, r.high], [y, y], color=figures.PALETTE[0], lw=1.6)
             ax.plot(r.rho, y, "o", color=figures.PALETTE[0], mfc=figures.PALETTE[0] if r.p_holm < 0.05 else "white", label=("mean over seeds" if len(each) > 1 else "this run") if y == 0 else None)
-        ax.set(yticks=range(len(mean)), yticklabels=mean.what, xlabel=xlabel, title=title, ylim=(len(mean) - 0.4, -0.6))
+        ax.set(yticks=range(len(mean)), yticklabels=mean.what, xlabel=f"{xlabel} ({'95 % interval' if mean.low.notna().any() else 'too few scenes for an interval'})", title=title, ylim=(len(mean) - 0.4, -0.6))
         ax.grid(axis="y", visible=False)
         if (frame.groupby("what").size() > 2).any(): fig.legend(loc="outside right upper", fontsize="small")
     return fig
@@ -216,7 +216,7 @@ def bin_means(
         frame[[name, f"{name}_low", f"{name}_high"]] = [interval_of(boots[b]) for b in members]
     return frame
 
-# %% ../nbs/17_analysis.ipynb #3c76cb73
+# %% ../nbs/17_analysis.ipynb #d888f430
 def bins_figure(
     panels: list[dict],  # a panel each: frame (of `bin_means`), ys {column: label}, xlabel, ylabel; optional title, logx, level (y, label), alone {column: label} (drawn dashed, no interval), each {column: [a frame a run]}
     cols: int = 2,
@@ -235,8 +235,9 @@ def bins_figure(
             for column, label in p.get("alone", {}).items(): ax.plot(p["frame"].key, p["frame"][column], color="0.35", lw=1.1, ls="--", label=label)
             if "level" in p: ax.axhline(p["level"][0], color="0.45", lw=0.9, ls=":", label=p["level"][1], zorder=1)
             ax.set(xlabel=p["xlabel"], ylabel=p["ylabel"], title=p.get("title", ""), xscale="log" if p.get("logx") else "linear")
-            if any(not line.get_label().startswith("_") for line in ax.get_lines()) or len(p["ys"]) > 1: ax.legend(fontsize="small")
         for ax in list(axes.flat)[len(panels):]: ax.set_visible(False)
+        named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+        if named: fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, fontsize="small")
         if title: fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig
 
@@ -330,7 +331,7 @@ def triage_claims(
     claims.append(dict(claim="The picture and not the seed decides how much weight stage 3 gets", published="taken for granted", measured=pairs, verdict=verdict(*agree[1:], AGREE)))
     return claims
 
-# %% ../nbs/17_analysis.ipynb #c7e2f3b5
+# %% ../nbs/17_analysis.ipynb #4a61aedc
 def agreement_figure(
     values: np.ndarray,  # (runs, n)
     seeds: Sequence,
@@ -347,7 +348,9 @@ def agreement_figure(
         for ax, (i, j) in zip(axes.flat, pairs):
             dots = ax.scatter(values[i], values[j], c=score, cmap="cividis", s=6, alpha=0.7, linewidths=0, rasterized=len(score) > 1000)
             ax.axline((low, low), (high, high), color="0.6", lw=0.8, ls="--")
-            ax.set(xlabel=f"{what}, seed {seeds[i]}", ylabel=f"{what}, seed {seeds[j]}", xlim=(low - 0.02, high + 0.02), ylim=(low - 0.02, high + 0.02))
+            ax.set(xlabel=f"{what}, seed {seeds[i]}", ylabel=f"{what}, seed {seeds[j]}", xlim=(low - 0.02, high + 0.02), ylim=(low - 0.02, high + 0.02), aspect="equal")
+            ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+            ax.yaxis.set_major_locator(plt.MaxNLocator(4))
         fig.colorbar(dots, ax=axes, label="true score (0-100)")
     return fig
 

@@ -1,7 +1,6 @@
 """From records to the cross-dataset tables: every number is the metrics' own, and follows the records."""
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 
