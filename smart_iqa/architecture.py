@@ -176,10 +176,10 @@ def _title(model) -> str:  # as this repository calls the model
     said = {"without AFA": not a["use_multiscale"], "projected AFA": a["afa"] == "projected", "without gate": a["use_multiscale"] and not a["use_attention"], "plain head": a["head"] == "plain"}
     return ", ".join([f"SMART-IQA {a['model_size']}" if a["backbone"] is None else "SMART-IQA", *(w for w, so in said.items() if so)])
 
-# %% ../nbs/18_architecture.ipynb #df6e29f5
+# %% ../nbs/18_architecture.ipynb #cb52cf99
 _POINTS = 6.5                # size of the type
 _LINE = _POINTS * 1.22 / 72   # from line to line, in inches as all below
-_BOX, _PITCH, _LEFT = 0.92, 1.03, 0.30  # width of a box; distance of the columns; where they begin
+_BOX, _PITCH, _LEFT = 0.945, 1.05, 0.30  # width of a box; distance of the columns; where they begin
 _PAD, _GAP = 0.07, 0.20       # within a band, and between bands
 
 
@@ -358,7 +358,7 @@ def _draw_hyper(s: _Sheet, t: Trace, y: float, source: list[tuple]) -> tuple[flo
     s.band(y, writers[0].bottom + _PAD)
     return writers[0].bottom + _PAD + _GAP, writers
 
-# %% ../nbs/18_architecture.ipynb #2bdfc09f
+# %% ../nbs/18_architecture.ipynb #76a3c146
 def _draw_target(s: _Sheet, t: Trace, y: float, writers: list[_Box], vector: _Box) -> float:  # its bottom
     layers = [p for p in t.of("target") if p.name.startswith("layer")]
     head = ["Target network", *([f"{t.generated:,} generated"] if t.generated else []), *_par(*layers)]
@@ -371,8 +371,8 @@ def _draw_target(s: _Sheet, t: Trace, y: float, writers: list[_Box], vector: _Bo
     for a, b in zip([given, *boxes], boxes): s.line((a.right, given.cy), (b.x, given.cy))
     for a, b in zip(writers, boxes): s.line((a.cx, a.bottom), (a.cx, b.y), dashed=True)
     s.line((vector.x, vector.cy), (0.11, vector.cy), (0.11, given.cy), (given.x, given.cy))
-    s.line((boxes[-1].right, given.cy), (boxes[-1].right + 0.2, given.cy))
-    s.text(boxes[-1].right + 0.23, given.cy, "score", weight="bold")
+    s.line((boxes[-1].right, given.cy), (boxes[-1].right + 0.17, given.cy))
+    s.text(boxes[-1].right + 0.19, given.cy, "score", weight="bold")
     s.band(y, y + _PAD + h + _PAD)
     return y + _PAD + h + _PAD
 

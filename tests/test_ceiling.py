@@ -71,7 +71,7 @@ def test_unknown_is_none_and_wrong_is_an_error():
 
 @pytest.mark.skipif(not KONIQ.is_file(), reason="KonIQ-10k's score file is not at hand (SMART_IQA_DATA or ../shared/data)")
 def test_koniq():
-    """The official test part. Label noise is not what keeps models at .93: the ceiling lies above .99, for the stretched MOS and for the plain mean of the votes."""
+    """The official test part: the ceiling lies above .99, for the stretched MOS and for the plain mean of the votes, so noise does not keep models at .93."""
     t = pd.read_csv(KONIQ).query("set == 'test'")
     given = dict(std=25 * t.SD, votes=t.c_total)                            # opinions of 1-5
     of_mos = ceiling_of(pd.DataFrame(dict(score=(t.MOS - 1) / 0.99, **given)))  # MOS of 1-100, as the table of the set has it
