@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'TUNED', 'SEEDS', 'SIZES', 'HOPELESS', 'SHOWN', 'PART_NAME
            'cost_figure', 'history_figure', 'show_table', 'claim', 'verdict_of', 'experiment_folder',
            'write_experiment', 'is_current']
 
-# %% ../nbs/16_sweeps.ipynb #74872044
+# %% ../nbs/16_sweeps.ipynb #440da1eb
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .config import check_names, fingerprint
 from .figures import PALETTE, WIDTH, _difference, _figure, _need, markdown, save, save_table, style
-from .metrics import evaluate_runs
+from .metrics import ceiling_of, evaluate_runs
 from .records import _resampling, compare_arms, environment, is_finished, part_of, read_run, run_digest, write_json
 from .runs import RunError, execute, planned_folder
 
@@ -68,7 +68,7 @@ def seeds_of(
     "The seeds of a sweep."
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
-# %% ../nbs/16_sweeps.ipynb #7734322e
+# %% ../nbs/16_sweeps.ipynb #0d7ce77b
 HOPELESS = {"WeightsError": "weights are not on this machine", "TrainingError": "diverged"}  # errors that leave a row with a reason; others stop the sweep
 
 
@@ -101,6 +101,11 @@ class Sweep:
     @property
     def dataset(self) -> str:
         return next(iter(self.runs.values()))["dataset"]
+
+    @property
+    def ceiling(self) -> dict | None:
+        "What label noise lets a perfect predictor reach on the compared pictures; None where the set does not tell opinions' spread and number."
+        return ceiling_of(part_of(next(iter(self.runs.values()))["predictions"], self.compared))
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -138,7 +143,7 @@ def run_sweep(
         raise ValueError(f"no run of the control, {sweep.control!r}: {sweep.missing.get(sweep.control, 'give it seeds')}")
     return sweep
 
-# %% ../nbs/16_sweeps.ipynb #c9db3c00
+# %% ../nbs/16_sweeps.ipynb #1539965a
 SHOWN = ("srcc", "plcc", "rmse")
 
 
@@ -212,8 +217,11 @@ def caption_of(
     first = next(iter(sweep.runs.values()))
     n = len(part_of(first["predictions"], sweep.compared))
     part = {"val": "validation part", "test": "test part", "test_clean": "test part without near-duplicates of training pictures"}[sweep.compared]
+    c = sweep.ceiling
+    limit = (f" Label noise lets a perfect predictor reach SRCC {c['srcc']:.4f} [{c['srcc_low']:.4f}, {c['srcc_high']:.4f}] (simulated)." if c else
+             " The set does not tell how many opinions there were and how they spread, so no ceiling of label noise is drawn.")
     return (f"{what}: {first['dataset']}, {part}, n = {n}; mean ± standard deviation over seeds {', '.join(map(str, sweep.seeds))}, 95 % bootstrap intervals over pictures "
-            f"where there are enough scenes, differences paired, p corrected for the number of arms (Holm).{' ' + sweep.note if sweep.note else ''}")
+            f"where there are enough scenes, differences paired, p corrected for the number of arms (Holm).{limit if not sweep.note else ' ' + sweep.note}")
 
 # %% ../nbs/16_sweeps.ipynb #ca352344
 PART_NAMES = {"val": "validation", "test": "test", "test_clean": "test without near-duplicates"}
@@ -282,7 +290,7 @@ def arms_figure(
         if told: _published_panel(fig.add_subplot(grid[1, :]), published, "srcc")
     return fig
 
-# %% ../nbs/16_sweeps.ipynb #4e400a55
+# %% ../nbs/16_sweeps.ipynb #cec072bd
 def line_figure(
     table: pd.DataFrame,   # of `sweep_table`
     x: dict[str, float],   # arm to its place on the axis
@@ -291,6 +299,7 @@ def line_figure(
     log: bool = False,
     published: pd.DataFrame | None = None,  # rows of `published_table`, in a panel below
     groups: dict[str, str] | None = None,   # arm to the line it belongs to; None: one line
+    ceiling: dict | None = None,            # of `metrics.noise_ceiling`
 ) -> plt.Figure:           # SRCC with 95 % intervals against x; small dots are seeds
     "Arms along an axis. ValueError where no arm on the axis was run."
     t = table[table.arm.isin(x) & (table.seeds > 0)].assign(x=lambda d: d.arm.map(x), line=lambda d: d.arm.map(groups or {}).fillna(""))
@@ -308,6 +317,9 @@ def line_figure(
             for at, r in zip(place, d.itertuples()):
                 ax.plot([at] * r.seeds, _each(r), ".", color="0.45", ms=3, zorder=1)
         if groups: ax.legend(fontsize="small")
+        if ceiling:
+            ax.axhspan(ceiling["srcc_low"], ceiling["srcc_high"], color="0.88", zorder=0)
+            ax.text(0.99, ceiling["srcc_low"], "ceiling of label noise", transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize="small", color="0.4")
         if log: ax.set_xscale("log")
         ax.set(xlabel=xlabel, ylabel=f"SRCC\n({_interval_label(t)}; dots: seeds)", title=title)
         if told: _published_panel(axes[1, 0], published, "srcc")
