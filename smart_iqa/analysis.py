@@ -10,7 +10,7 @@ __all__ = ['PART_NAMES', 'SMALL', 'VERDICTS', 'TRIAGE', 'NEARLY_ALL', 'BALANCED'
            'opinion_noise', 'slopes', 'fitted', 'worst_cases', 'picture_statistics', 'kinds_of', 'content_tests',
            'kind_tests', 'kinds_figure', 'correlation_table']
 
-# %% ../nbs/17_analysis.ipynb #ac845c32
+# %% ../nbs/17_analysis.ipynb #b169da53
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ from .images import ImageError, pixels_or_reason
 from .metrics import _counts, boot_models, fit_logistic, holm, interval_of
 from .records import _resampling, part_of, read_run
 
-# %% ../nbs/17_analysis.ipynb #422f2a72
+# %% ../nbs/17_analysis.ipynb #376b845d
 PART_NAMES = {"test_clean": "test without near-duplicates of training pictures", "test": "test", "val": "validation"}
 
 
@@ -88,7 +88,7 @@ class SeedRuns:
         sure = f"only {n} scenes, so no intervals are given" if how == "nothing" else f"95 % bootstrap intervals over {how if how == 'pictures' else f'{n} scenes'}"
         return f"{self.runs[0]['method']} on {self.runs[0]['dataset']}, {PART_NAMES[self.part]}, n = {len(self.labels):,} pictures; {seeds}; {sure}. {self.note}".strip()
 
-# %% ../nbs/17_analysis.ipynb #324cd029
+# %% ../nbs/17_analysis.ipynb #1dadcf87
 def _same_configuration(runs: list[dict]):
     "ValueError that names the run and the parameters in which it differs from the first, other than the seed and the machine."
     kept = [{k: v for k, v in r["config"].items() if k not in (*MACHINE, "seed")} for r in runs]
@@ -120,7 +120,7 @@ def open_seeds(
         raise ValueError(f"{read[0]['run_id']}: has {len(frames[0])} {part} pictures, and nothing can be said of fewer than 3")
     return SeedRuns(read, part, frames, n_boot)
 
-# %% ../nbs/17_analysis.ipynb #de2dfbd4
+# %% ../nbs/17_analysis.ipynb #484d16c8
 def _two_sided(boot: np.ndarray) -> float:  # (n_boot,) of what should be 0
     "Two-sided bootstrap p-value, as in `metrics.compare`; NaN without resamples."
     ok = boot[~np.isnan(boot)]
@@ -154,7 +154,7 @@ def correlations(
             rows.append(dict(what=what, seed=seed, n=len(score), rho=rho, low=low, high=high, p=_two_sided(b[1:])))
     return corrected(pd.DataFrame(rows))
 
-# %% ../nbs/17_analysis.ipynb #90ba6696
+# %% ../nbs/17_analysis.ipynb #f3f00821
 def correlation_forest(
     frame: pd.DataFrame,  # of `correlations`
     title: str = "",
@@ -175,7 +175,7 @@ def correlation_forest(
         if (frame.groupby("what").size() > 2).any(): fig.legend(loc="outside right upper", fontsize="small")
     return fig
 
-# %% ../nbs/17_analysis.ipynb #672e4e81
+# %% ../nbs/17_analysis.ipynb #f441aaef
 def quantile_bins(
     key: ArrayLike,  # (n,)
     bins: int = 10,
@@ -216,7 +216,7 @@ def bin_means(
         frame[[name, f"{name}_low", f"{name}_high"]] = [interval_of(boots[b]) for b in members]
     return frame
 
-# %% ../nbs/17_analysis.ipynb #d888f430
+# %% ../nbs/17_analysis.ipynb #e4fc9639
 def bins_figure(
     panels: list[dict],  # a panel each: frame (of `bin_means`), ys {column: label}, xlabel, ylabel; optional title, logx, level (y, label), alone {column: label} (drawn dashed, no interval), each {column: [a frame a run]}
     cols: int = 2,
@@ -249,7 +249,7 @@ def _with_interval(ax, frame: pd.DataFrame, column: str, k: int, label: str | No
     bars = np.nan_to_num(np.abs(np.stack([y - low, high - y])))
     ax.errorbar(frame.key, y, bars if np.isfinite(low).any() else None, marker=figures.MARKERS[k % 4], ms=3.5, lw=1.3, elinewidth=0.9, color=figures.PALETTE[k], label=label)
 
-# %% ../nbs/17_analysis.ipynb #fa08cf0e
+# %% ../nbs/17_analysis.ipynb #1f20ae9a
 SMALL = 0.1  # a correlation below this is not called a relation
 VERDICTS = ("holds", "does not hold", "not decided", "cannot be tested here")
 
@@ -283,7 +283,7 @@ def with_interval(
     v, a, b = (f"{x:{'+' if sign else ''}.{digits}f}" for x in (value, low, high))
     return "" if not np.isfinite(value) else f"{v} [{a}, {b}]" if np.isfinite(low) and np.isfinite(high) else v
 
-# %% ../nbs/17_analysis.ipynb #958ab2e3
+# %% ../nbs/17_analysis.ipynb #b53f3a87
 TRIAGE = dict(best=0.9967, worst=(0.275, 0.174, 0.287, 0.265), source="README of SMART-IQA: three pictures, one of each quality")
 NEARLY_ALL, BALANCED, AGREE = 0.9, 1.9, 0.5  # share of stage 3 (0-1); bits; correlation between seeds
 
@@ -309,7 +309,7 @@ def between_seeds(
     flat = np.zeros(1 + n_boot)  # a gate that never changes agrees with nothing
     return interval_of(np.mean([flat if np.ptp(a) == 0 or np.ptp(b) == 0 else boot_models({"a": a}, b, n_boot=n_boot, groups=groups)["a"] for a, b in pairs], 0))
 
-# %% ../nbs/17_analysis.ipynb #891e2739
+# %% ../nbs/17_analysis.ipynb #3f4e7268
 def triage_claims(
     runs: SeedRuns,
 ) -> list[dict]:  # claim, published, measured, verdict
@@ -331,7 +331,7 @@ def triage_claims(
     claims.append(dict(claim="The picture and not the seed decides how much weight stage 3 gets", published="taken for granted", measured=pairs, verdict=verdict(*agree[1:], AGREE)))
     return claims
 
-# %% ../nbs/17_analysis.ipynb #4a61aedc
+# %% ../nbs/17_analysis.ipynb #bca0bc11
 def agreement_figure(
     values: np.ndarray,  # (runs, n)
     seeds: Sequence,
@@ -354,7 +354,7 @@ def agreement_figure(
         fig.colorbar(dots, ax=axes, label="true score (0-100)")
     return fig
 
-# %% ../nbs/17_analysis.ipynb #9bd39fae
+# %% ../nbs/17_analysis.ipynb #5e4c3d24
 class Pictures:
     "The pictures of a run under its picture policy: `pictures[name]` is (H, W, 3) uint8. DataError where the set is not there, ImageError where a file is broken."
 
@@ -396,7 +396,7 @@ def contact_sheet(
         if title: fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig
 
-# %% ../nbs/17_analysis.ipynb #1c525ad9
+# %% ../nbs/17_analysis.ipynb #42ca97ce
 @contextmanager
 def watched(
     module: nn.Module,  # any part of a model
@@ -429,7 +429,7 @@ def stage_numbers(
     "Two numbers a stage."
     return {f"mean{k}": float(m.mean()) for k, m in enumerate(maps, 1)} | {f"uneven{k}": float(m.std() / max(m.mean(), 1e-12)) for k, m in enumerate(maps, 1)}
 
-# %% ../nbs/17_analysis.ipynb #21a0e317
+# %% ../nbs/17_analysis.ipynb #d0a94284
 def maps_figure(
     maps: dict[str, list[np.ndarray]],  # label of a picture: its four maps, in order
     title: str = "",
@@ -450,7 +450,7 @@ def maps_figure(
         if title: fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig
 
-# %% ../nbs/17_analysis.ipynb #0bb202ab
+# %% ../nbs/17_analysis.ipynb #c05db598
 def opinion_noise(
     labels: pd.DataFrame,  # score (0-100), std (0-100), votes
 ) -> dict | None:          # reliability (0-1), rmse (points), and (n,) bias and mae (points) that a perfect model would show; None where the set does not tell
@@ -498,7 +498,7 @@ def worst_cases(
     t = pd.DataFrame(dict(image=runs.labels.image, score=runs.score, pred=pred.mean(0), error=pred.mean(0) - runs.score, spread=pred.std(0, ddof=1) if len(pred) > 1 else np.nan))
     return t.sort_values(["error", "image"], key=lambda s: -s.abs() if s.name == "error" else s, ignore_index=True).head(k)
 
-# %% ../nbs/17_analysis.ipynb #79c2fa77
+# %% ../nbs/17_analysis.ipynb #c4915f00
 STATISTICS = ("brightness", "contrast", "colourfulness", "sharpness")
 KINDS = {"demo": r"-([a-z]+)-\d+\.png$", "biq2021": r"(ss\d+) ", "kadid-10k": r"[iI]\d+_(\d+)_\d+\.", "tid2013": r"[iI]\d+_(\d+)_\d+\.", "live": r"(\w+)/img\d+\.",
          "csiq": r"\.([^.]+)\.\d\.\w+$"}  # image set: where the kind stands in a file's name
@@ -524,7 +524,7 @@ def kinds_of(
     kinds = images.map(lambda i: found[1].lower() if (found := re.search(KINDS[dataset], i)) else "other")
     return kinds if kinds.nunique() > 1 else None
 
-# %% ../nbs/17_analysis.ipynb #e405a090
+# %% ../nbs/17_analysis.ipynb #98ab376b
 def content_tests(
     error: np.ndarray,         # (runs, n) after the fit, points
     statistics: pd.DataFrame,  # (n, ...) numbers about pictures
@@ -554,7 +554,7 @@ def kind_tests(
                         | dict(p=_two_sided(apart[1:])))
     return corrected(pd.DataFrame(rows))
 
-# %% ../nbs/17_analysis.ipynb #231c2b08
+# %% ../nbs/17_analysis.ipynb #47ddd9b3
 def kinds_figure(
     tests: pd.DataFrame,  # of `kind_tests`
     title: str = "",
@@ -574,7 +574,7 @@ def kinds_figure(
         axes[0].set_title(title)
     return fig
 
-# %% ../nbs/17_analysis.ipynb #483dfbb3
+# %% ../nbs/17_analysis.ipynb #bc379212
 def correlation_table(
     frame: pd.DataFrame,  # of `correlations` or `content_tests`
 ) -> pd.DataFrame:        # strings
