@@ -27,7 +27,8 @@ def batch(tmp_path_factory):
     return out, dict(recipe=json.dumps(TINY), cache=str(tmp_path_factory.mktemp("cache")))
 
 
-ARMS = {"l1": dict(loss="l1"), "l2": dict(loss="l2"), "no weights": dict(method="hyperiqa", pretrained="wheel"), "diverges": dict(lr=1e30, clip=0.0, schedule="constant", warmup=0.0), "large": "needs a GPU"}
+EXPLODES = dict(lr=1e30, clip=0.0, schedule="constant", warmup=0.0)
+ARMS = {"l1": dict(loss="l1"), "l2": dict(loss="l2"), "no weights": dict(method="hyperiqa", pretrained="wheel"), "diverges": EXPLODES, "large": "needs a GPU"}
 
 
 def sweep(batch, arms=ARMS, **kw):
@@ -107,7 +108,8 @@ def report(batch):
 def test_report_gathers_everything(report, batch):
     folder, failed, said = report
     assert not failed and len(said) == 2
-    assert {p.name for p in (folder / "figures").iterdir()} >= {"ranking.pdf", "ranking.png"} and {p.name for p in (folder / "tables").iterdir()} >= {"ranking.md", "ranking.tex", "ranking.csv"}
+    assert {p.name for p in (folder / "figures").iterdir()} >= {"ranking.pdf", "ranking.png"}
+    assert {p.name for p in (folder / "tables").iterdir()} >= {"ranking.md", "ranking.tex", "ranking.csv"}
     page = (folder / "report.html").read_text()
     assert DEMO_NOTE in page and "alpha=0.5" in page and page.count("data:image/png") >= 2 and "recipe_of(" not in page
     for outside in ('src="http', 'href="http', "<script"):
@@ -140,7 +142,8 @@ def test_paper_again_changes_nothing_and_a_deleted_run_comes_back(report, batch)
 def test_a_failed_experiment_does_not_stop_the_others(batch, tmp_path):
     """losses cannot run with an unknown schedule; architecture needs no pictures. The command says which failed, in the report too."""
     recipe = json.dumps(TINY | dict(schedule="none"))
-    done = subprocess.run([*COMMAND, "paper", "--only", "losses,architecture,attention", "--recipe", recipe, "--cache", batch[1]["cache"], "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
+    words = ["--only", "losses,architecture,attention", "--recipe", recipe, "--cache", batch[1]["cache"], "--out", str(tmp_path)]
+    done = subprocess.run([*COMMAND, "paper", *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "losses failed" in done.stderr and "schedule" in done.stderr and "needs the runs of main" in done.stderr
     record = json.loads(next(tmp_path.glob("paper-demo/report-*/record.json")).read_text())
     assert set(record["failed"]) == {"losses", "attention"} and any("architecture" in f for f in record["files"])
@@ -179,7 +182,8 @@ def test_the_log(first, batch):
     apart = compare_runs(names, out)
     assert "loss" in apart.index and "epochs" not in apart.index and "lr" not in apart.index
     csv = out / "log.csv"
-    done = subprocess.run([*COMMAND, "runs", "--out", str(out), "--where", "loss == 'l1' and seed == 1", "--sort=-val_srcc", "--columns", "run,loss,seed,val_srcc", "--csv", str(csv)], capture_output=True, text=True, timeout=120)
+    words = ["--where", "loss == 'l1' and seed == 1", "--sort=-val_srcc", "--columns", "run,loss,seed,val_srcc", "--csv", str(csv)]
+    done = subprocess.run([*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and Path(first.runs["l1", 1]["folder"]).name in done.stdout and "l2" not in done.stdout and len(pd.read_csv(csv)) >= 1
     for words, told in ((["--where", "los == 1"], "columns:"), (["--columns", "lose"], "did you mean"), (["--compare", "nothing"], "fits 0 runs")):
         done = subprocess.run([*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120)
@@ -189,7 +193,7 @@ def test_the_log(first, batch):
 def test_an_unfinished_run_shows_its_state(batch):
     out = batch[0]
     with pytest.raises(RunError):
-        execute("train", TINY | dict(profile="demo", cache=batch[1]["cache"], lr=1e30, clip=0.0, schedule="constant", warmup=0.0, baseline=False, seed=7), out=out, batch="broken", echo=None)
+        execute("train", TINY | EXPLODES | dict(profile="demo", cache=batch[1]["cache"], baseline=False, seed=7), out=out, batch="broken", echo=None)
     assert list_runs(out, "batch == 'broken'").state.tolist() == ["unfinished"]
 
 
