@@ -24,7 +24,7 @@ from smart_iqa.analysis import (
     worst_cases,
 )
 from smart_iqa.demo import DEMO_NOTE
-from smart_iqa.records import read_run, run_digest
+from smart_iqa.records import read_run, run_digest, summarise
 from smart_iqa.runs import execute
 
 TINY = dict(profile="demo", limit=24, epochs=1, train_crops=1, val_crops=1, test_crops=2, batch_size=8, crop=64, size=64, amp="off", baseline=False,
@@ -46,8 +46,7 @@ def write_run(folder, seed, predictions, **config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(seed=seed, dataset="csv", threads=3) | config))
     (folder / "environment.json").write_text("{}")
-    parts = {"test": dict(n=len(predictions), srcc=stats.spearmanr(predictions.pred, predictions.score)[0])}
-    record = dict(run_id=folder.name, method="SMART-lite", dataset="csv", profile="lite", seed=seed, note="made for a test", parts=parts)
+    record = dict(run_id=folder.name, method="SMART-lite", dataset="csv", profile="lite", seed=seed, note="made for a test", **summarise(predictions, 0))
     (folder / "record.json").write_text(json.dumps(record))
     predictions.to_csv(folder / "predictions.csv", index=False)
     return folder
@@ -222,3 +221,16 @@ def test_a_model_without_a_gate_is_a_record_and_no_crash(tmp_path):
     folder = execute("attention", dict(runs=str(bare), resamples=50, threads=1), out=tmp_path / "out", echo=None)
     record = json.loads((folder / "record.json").read_text())
     assert any("no gate" in m for m in record["missing"]) and [c["verdict"] for c in record["claims"]] == ["cannot be tested here"]
+
+
+def test_errors_beside_the_noise_of_votes(tmp_path):
+    """Where a set counts its votes: 40 points of spread over 64 votes are 5 points, and the model's errors are found to be larger. No picture is at hand."""
+    folders = [write_run(tmp_path / f"s{s}", s, table(seed=s).assign(std=40.0, votes=64)) for s in (0, 1)]
+    folder = execute("errors", dict(runs=",".join(map(str, folders)), resamples=200, threads=1), out=tmp_path / "out", echo=None)
+    record = json.loads((folder / "record.json").read_text())
+    noisy = next(c for c in record["claims"] if "noise of opinions" in c["claim"])
+    error = np.mean([np.abs(t.pred - t.score).mean() for t in map(table, [None] * 2, [200] * 2, (0, 1))])
+    assert noisy["verdict"] == "holds" and noisy["measured"].startswith(f"{error:.2f} [") and "noise alone 3.9" in noisy["measured"]  # 5 sqrt(2 / pi)
+    assert any("image set is not at hand" in m for m in record["missing"]) and not any("votes" in m for m in record["missing"])
+    bins = pd.read_csv(folder / "tables" / "by_quality.csv")
+    assert bins.noise_bias.iloc[0] > 0 > bins.noise_bias.iloc[-1] and (bins.mae > bins.noise_mae).mean() > 0.5
