@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from smart_iqa.data import load_set
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.model import HyperIQA, SmartIQA
 from smart_iqa.records import read_lines, run_folder
-from smart_iqa.solver import CropFeed, Solver, make_model, predict
+from smart_iqa.solver import CropFeed, Solver, learning_rates, make_model, predict
 
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
 
@@ -286,6 +287,70 @@ def test_parts_that_training_looks_at(protocol, part, standin, tmp_path, monkeyp
     monkeypatch.setattr("smart_iqa.solver.predict", lambda m, f, split, *a, **k: seen.append(split) or predict(m, f, split, *a, **k))
     train(small_config(standin, protocol=protocol, size=64, crop=64), tmp_path)
     assert seen == [part] * 2
+
+
+# -- published defects, one at a time ----------------------------------------------------------------------------------
+def test_the_defects_of_the_published_protocol_are_switches(standin, tmp_path):
+    """Choosing on test, alone, changes what chooses and nothing that is learned."""
+    cfg = small_config(standin, epochs=4, lr=3e-3)
+    train(cfg, tmp_path / "a")
+    train(replace(cfg, choose_on="test"), tmp_path / "b")
+    assert set(journal(tmp_path / "b").chosen_on) == {"test"} and set(journal(tmp_path / "a").chosen_on) == {"val"}
+    assert list(journal(tmp_path / "a").train_loss) == list(journal(tmp_path / "b").train_loss)
+
+
+def test_the_floor_lifts_the_learning_rate(standin):
+    """A floor above the rate: the backbone's rises to it; without a floor it falls to nothing."""
+    cfg = small_config(standin, epochs=4, lr=1e-3, schedule="cosine", warmup=0.0)
+    first, last = (learning_rates(replace(cfg, lr_floor=2e-3), step, 10)[0] for step in (0, 39))
+    assert last > first and learning_rates(cfg, 39, 10)[0] < 1e-5
+
+
+def test_the_rebuilt_optimizer_loses_the_new_parts(standin, tmp_path):
+    """HyperIQA's defect: from the second epoch on the new parts stay as they are, the backbone goes on; our way both learn."""
+    def moved(**switch):
+        weights = []
+        for epochs in (1, 2):
+            cfg = small_config(standin, epochs=epochs, lr=1e-3, schedule="constant", patience=0, **switch)
+            folder = tmp_path / f"{epochs}{len(switch)}"
+            weights.append({k: v.clone() for k, v in last_weights(cfg, folder).items() if v.is_floating_point() and "running" not in k})
+        changed = {k for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])}
+        return {"backbone": any(k.startswith("backbone.") for k in changed), "new": any(not k.startswith("backbone.") for k in changed)}
+
+    assert moved() == {"backbone": True, "new": True}
+    assert moved(rebuild_optimizer=True) == {"backbone": True, "new": False}
+
+
+def last_weights(cfg, folder) -> dict:
+    """The weights at the end of training, whichever epoch was best."""
+    _, feed, model = prepare(cfg)
+    folder.mkdir()
+    Solver(model, feed, cfg, folder).fit()
+    return torch.load(folder / "resume.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_killed_run_with_a_rebuilt_optimizer_goes_on(at, standin, tmp_path, monkeypatch):
+    """Killed in the first epoch (both groups) or in the second (one group): the same bits as undisturbed."""
+    cfg = small_config(standin, epochs=3, lr=1e-3, patience=0, rebuild_optimizer=True, checkpoint_minutes=0.0)
+    want = last_weights(cfg, tmp_path / "whole")
+    _, feed, model = prepare(cfg)
+    (killed := tmp_path / "killed").mkdir()
+    save, count = Solver.save, [0]
+
+    def stop(self):
+        save(self)
+        count[0] += 1
+        if count[0] == at:
+            raise Killed
+
+    monkeypatch.setattr(Solver, "save", stop)
+    with pytest.raises(Killed):
+        Solver(model, feed, cfg, killed).fit()
+    monkeypatch.undo()
+    _, feed, model = prepare(cfg)
+    Solver(model, feed, cfg, killed).fit()
+    assert same(torch.load(killed / "resume.pt", weights_only=True)["model"], want)
 
 
 # -- switches ----------------------------------------------------------------------------------------------------------

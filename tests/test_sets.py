@@ -543,6 +543,10 @@ def test_koniq_layouts(tmp_path):
     pd.DataFrame(dict(image_name=names, MOS=3, SD=0.5, MOS_zscore=np.linspace(0, 100, 40))).to_csv(inner / "koniq10k_scores_and_distributions.csv", index=False)
     a = load("koniq-10k", fill(tmp_path / "a", [f"koniq10k_512x384/512x384/{n}" for n in names]))
     assert np.allclose(a.score, np.linspace(0, 100, 40)) and np.allclose(a["std"], 12.5) and a.image[0] == "koniq10k_512x384/512x384/0.jpg"
+    assert "votes" not in a
+    scores = pd.read_csv(inner / "koniq10k_scores_and_distributions.csv")
+    scores.assign(c_total=range(100, 140)).to_csv(inner / "koniq10k_scores_and_distributions.csv", index=False)
+    assert list(load("koniq-10k", tmp_path / "a").votes) == list(range(100, 140))  # how many people there were, where the file tells
     b = fill(tmp_path / "b", [f"{d}/{n}" for d in ("512x384", "1024x768") for n in names])
     for part, k in (("train", slice(0, 30)), ("test", slice(30, 40))):
         paper_list(b / f"koniq_{part}.json", "koniq", names[k], np.linspace(10, 90, 40)[k])
