@@ -68,7 +68,7 @@ def seeds_of(
     "The seeds of a sweep."
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
-# %% ../nbs/16_sweeps.ipynb #0d7ce77b
+# %% ../nbs/16_sweeps.ipynb #b70d0b14
 HOPELESS = {"WeightsError": "weights are not on this machine", "TrainingError": "diverged"}  # errors that leave a row with a reason; others stop the sweep
 
 
@@ -124,10 +124,15 @@ def run_sweep(
 ) -> Sweep:
     "Start what is missing, skip what is finished, and read all of it. RunError where a run fails for another reason than those in HOPELESS."
     sweep = Sweep({a: c for a, c in arms.items() if isinstance(c, dict)}, list(seeds), part, missing={a: c for a, c in arms.items() if isinstance(c, str)})
+    lacking = {}  # backbone whose weights are not here, and why: one attempt is enough
     for seed in sweep.seeds:
         for arm, changes in sweep.arms.items():
             given = dict(open_test=part != "val") | recipe | changes | dict(seed=seed)
+            backbone = tuple(given.get(k) for k in ("method", "backbone", "model_size", "pretrained"))
             folder = planned_folder("train", given, out, batch)
+            if not is_finished(folder) and backbone in lacking:
+                sweep.missing[arm] = lacking[backbone]
+                continue
             if not is_finished(folder) and (only_finished or arm in sweep.missing):
                 sweep.missing.setdefault(arm, "not run yet")
                 continue
@@ -139,6 +144,8 @@ def run_sweep(
                 if e.kind not in HOPELESS:
                     raise
                 sweep.missing[arm] = f"{HOPELESS[e.kind]}: {e.reason}"
+                if e.kind == "WeightsError":
+                    lacking[backbone] = sweep.missing[arm]
     if not sweep.of(sweep.control):
         raise ValueError(f"no run of the control, {sweep.control!r}: {sweep.missing.get(sweep.control, 'give it seeds')}")
     return sweep
