@@ -150,7 +150,7 @@ def run_sweep(
         raise ValueError(f"no run of the control, {sweep.control!r}: {sweep.missing.get(sweep.control, 'give it seeds')}")
     return sweep
 
-# %% ../nbs/16_sweeps.ipynb #1539965a
+# %% ../nbs/16_sweeps.ipynb #a6d243dd
 SHOWN = ("srcc", "plcc", "rmse")
 
 
@@ -190,7 +190,7 @@ def readable(
     "The table as it is printed."
     def mean(r, k, digits):
         if not r["seeds"]:
-            return f"not run: {r['missing'].splitlines()[0]}" if k == "srcc" else ""
+            return f"not run: {r['missing'].split(':')[0]}" if k == "srcc" else ""
         spread = f" ± {r[f'{k}_std']:.{digits}f}" if pd.notna(r[f"{k}_std"]) else ""
         ends = f" [{r[f'{k}_low']:.{digits}f}, {r[f'{k}_high']:.{digits}f}]" if pd.notna(r[f"{k}_low"]) else ""
         return f"{r[k]:.{digits}f}{spread}{ends}"
@@ -244,7 +244,7 @@ def title_of(sweep: Sweep) -> str:
 def _interval_label(t: pd.DataFrame) -> str:
     return "95 % interval" if t.srcc_low.notna().any() else "too few scenes for intervals"
 
-# %% ../nbs/16_sweeps.ipynb #c1a48ebc
+# %% ../nbs/16_sweeps.ipynb #bb1d3562
 def _published_panel(ax, published: pd.DataFrame, metric: str):
     "Hollow dots of what others report."
     p = published[published[metric].notna()].iloc[::-1]
@@ -276,7 +276,7 @@ def arms_figure(
         b = fig.add_subplot(grid[0, 1], sharey=a)
         for y, r in enumerate(t.itertuples()):
             if not r.seeds:
-                a.text(0.02, y, r.missing.splitlines()[0][:46], transform=a.get_yaxis_transform(), va="center", fontsize="small", color="0.45", style="italic")
+                a.text(0.02, y, r.missing.split(":")[0], transform=a.get_yaxis_transform(), va="center", fontsize="small", color="0.45", style="italic")
                 continue
             a.plot(_each(r), [y - 0.22] * r.seeds, ".", color="0.55", ms=3.5, zorder=1)
             a.hlines(y, r.srcc_low, r.srcc_high, color=PALETTE[0], lw=1.5)
