@@ -32,7 +32,7 @@ from .crops import normalise
 from .data import read_set
 from .images import ImageError, pixels_or_reason
 from .metrics import _counts, boot_models, fit_logistic, holm, interval_of
-from .records import _resampling, part_of, read_run
+from .records import resampling_of, part_of, read_run
 
 # %% ../nbs/17_analysis.ipynb #376b845d
 PART_NAMES = {"test_clean": "test without near-duplicates of training pictures", "test": "test", "val": "validation"}
@@ -62,7 +62,7 @@ class SeedRuns:
         return np.stack([f[column].to_numpy(float) for f in self.frames])
 
     @property
-    def resampled(self) -> str: return _resampling(self.labels)  # "pictures", "scenes", or "nothing": too few scenes for any interval
+    def resampled(self) -> str: return resampling_of(self.labels)  # "pictures", "scenes", or "nothing": too few scenes for any interval
 
     @property
     def how(self) -> dict:  # n_boot and groups, as every function below takes them
@@ -163,7 +163,7 @@ def correlation_forest(
     "One line a quantity: the mean over seeds with its interval, filled where the corrected p-value is below .05; single seeds as small circles."
     mean = frame[frame.seed == "mean"].reset_index(drop=True)
     with figures.style():
-        fig, ax = figures._figure(width=0.8 * figures.WIDTH, height=0.8 + 0.3 * len(mean))
+        fig, ax = figures.new_figure(width=0.8 * figures.WIDTH, height=0.8 + 0.3 * len(mean))
         ax.axvline(0, color="0.4", lw=0.8)
         for y, r in mean.iterrows():
             each = frame[(frame.what == r.what) & (frame.seed != "mean")]
@@ -226,7 +226,7 @@ def bins_figure(
     "Means in bins with their intervals, in panels; single runs as thin lines."
     with figures.style():
         rows = -(-len(panels) // cols)
-        fig, axes = figures._figure(rows, cols, width=figures.WIDTH, height=height * rows + 0.25 * bool(title), squeeze=False)
+        fig, axes = figures.new_figure(rows, cols, width=figures.WIDTH, height=height * rows + 0.25 * bool(title), squeeze=False)
         for ax, p in zip(axes.flat, panels):
             for k, (column, label) in enumerate(p["ys"].items()):
                 for one in p.get("each", ()):
@@ -344,7 +344,7 @@ def agreement_figure(
     if not pairs: raise ValueError("one run agrees with itself: give two seeds or more")
     low, high = values.min(), values.max() + 1e-9
     with figures.style():
-        fig, axes = figures._figure(1, len(pairs), width=2.3 * len(pairs) + 0.9, height=2.5, squeeze=False)
+        fig, axes = figures.new_figure(1, len(pairs), width=2.3 * len(pairs) + 0.9, height=2.5, squeeze=False)
         for ax, (i, j) in zip(axes.flat, pairs):
             dots = ax.scatter(values[i], values[j], c=score, cmap="cividis", s=6, alpha=0.7, linewidths=0, rasterized=len(score) > 1000)
             ax.axline((low, low), (high, high), color="0.6", lw=0.8, ls="--")
@@ -387,7 +387,7 @@ def contact_sheet(
     "Small pictures with captions. For a folder of one's own: photographs of an image set are not ours to publish."
     with figures.style():
         rows = -(-len(captions) // cols)
-        fig, axes = figures._figure(rows, cols, width=figures.WIDTH, height=1.9 * rows + 0.2, squeeze=False)
+        fig, axes = figures.new_figure(rows, cols, width=figures.WIDTH, height=1.9 * rows + 0.2, squeeze=False)
         for ax in axes.flat: ax.set_axis_off()
         for ax, (name, text) in zip(axes.flat, captions.items()):
             pixels = pictures[name]
@@ -436,7 +436,7 @@ def maps_figure(
 ) -> plt.Figure:
     "Maps of the four stages, a row a picture; within a stage all pictures share one colour scale, so that they can be compared."
     with figures.style():
-        fig, axes = figures._figure(len(maps), 4, width=figures.WIDTH, height=1.2 * len(maps) + 0.9, squeeze=False)
+        fig, axes = figures.new_figure(len(maps), 4, width=figures.WIDTH, height=1.2 * len(maps) + 0.9, squeeze=False)
         ends = [np.quantile(np.concatenate([m[k].ravel() for m in maps.values()]), (0.005, 0.995)) for k in range(4)]
         for i, (label, four) in enumerate(maps.items()):
             for k, (ax, m) in enumerate(zip(axes[i], four)):
@@ -562,7 +562,7 @@ def kinds_figure(
     "Mean error and mean size of error of each kind; filled where it differs from the other pictures (corrected p below .05)."
     with figures.style():
         n = tests.kind.nunique()
-        fig, axes = figures._figure(1, 2, width=figures.WIDTH, height=0.9 + 0.26 * n, sharey=True)
+        fig, axes = figures.new_figure(1, 2, width=figures.WIDTH, height=0.9 + 0.26 * n, sharey=True)
         for ax, of, label in zip(axes, ("error", "size of error"), ("mean error, predicted - true (points)", "mean size of error (points)")):
             part = tests[tests.of == of].reset_index(drop=True)
             for y, r in part.iterrows():

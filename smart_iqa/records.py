@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MIN_SCENES', 'Cells', 'LOG', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines',
-           'code_commit', 'environment', 'part_of', 'summarise', 'compare_arms', 'seen_before', 'cross_cells',
-           'compare_cells', 'is_finished', 'run_folder', 'open_run', 'read_run', 'run_digest', 'list_runs',
-           'compare_runs', 'publish_run']
+           'code_commit', 'environment', 'resampling_of', 'part_of', 'summarise', 'compare_arms', 'seen_before',
+           'cross_cells', 'compare_cells', 'is_finished', 'run_folder', 'open_run', 'read_run', 'run_digest',
+           'list_runs', 'compare_runs', 'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
 import hashlib
@@ -127,7 +127,7 @@ def environment(
 MIN_SCENES = 10  # fewer scenes than this cannot be resampled
 
 
-def _resampling(part: pd.DataFrame) -> str:
+def resampling_of(part: pd.DataFrame) -> str:
     "What a bootstrap of this part resamples: pictures where each is a scene of its own, scenes, or nothing where there are too few."
     scenes = part.ref.nunique()
     return "pictures" if scenes == len(part) else "scenes" if scenes >= MIN_SCENES else "nothing"
@@ -150,7 +150,7 @@ def summarise(
     p = predictions
     names = ["val", "test", *(["test_clean"] if "near_duplicate" in p and p.near_duplicate.any() else [])]
     parts = {k: d for k in names if len(d := part_of(p, k)) >= 2}
-    how = {k: _resampling(d) for k, d in parts.items()}
+    how = {k: resampling_of(d) for k, d in parts.items()}
     groups = {k: d.ref if how[k] == "scenes" else None for k, d in parts.items()}
 
     def measure(column):
@@ -180,7 +180,7 @@ def compare_arms(
         return dict(arm=arm, seeds=len(each), n=len(p), srcc=np.mean(each), srcc_std=np.std(each, ddof=1) if len(each) > 1 else np.nan)
 
     labels = part_of(next(iter(control.values()))["predictions"], part).set_index("image")
-    how = _resampling(labels)
+    how = resampling_of(labels)
     groups = labels.ref if how == "scenes" else None
     rows = [row("control", predictions(control, control), labels.score)]
     for arm, runs in arms.items():
@@ -243,7 +243,7 @@ def cross_cells(
     for (model, name), runs in cells.items():
         labels, preds = _tested(runs, (left_out or {}).get(name, set()), first.get(name), f"{model} on {name}")
         first.setdefault(name, runs[0]["predictions"].query("split == 'test'").set_index("image").sort_index())
-        how = _resampling(labels)
+        how = resampling_of(labels)
         numbers = evaluate_runs(preds, labels.score, 0 if how == "nothing" else n_boot, groups=labels.ref if how == "scenes" else None)
         rows.append(dict(model=model, set=name, left_out=len(first[name]) - len(labels), scenes=labels.ref.nunique(), resampled=how) | numbers)
     return pd.DataFrame(rows)
@@ -262,7 +262,7 @@ def compare_cells(
         leave, others = (left_out or {}).get(name, set()), b if isinstance(b, tuple) else (b,)
         labels, one = _tested(cells[a, name], leave, None, f"{a} on {name}")
         two = np.concatenate([_tested(cells[o, name], leave, labels, f"{o} on {name}")[1] for o in others])
-        how = _resampling(labels)
+        how = resampling_of(labels)
         c = compare(one, two, labels.score, metric, n_boot if how != "nothing" else 1, groups=labels.ref if how == "scenes" else None)
         if how == "nothing":
             c |= dict(low=np.nan, high=np.nan, p=np.nan)

@@ -21,9 +21,9 @@ from IPython.display import Markdown, display
 from matplotlib.ticker import MaxNLocator
 
 from .config import check_names, fingerprint
-from .figures import PALETTE, WIDTH, _difference, _figure, _need, markdown, save, save_table, style
+from .figures import PALETTE, WIDTH, difference_text, new_figure, need_columns, markdown, save, save_table, style
 from .metrics import ceiling_of, evaluate_runs
-from .records import _resampling, compare_arms, environment, is_finished, part_of, read_run, run_digest, write_json
+from .records import resampling_of, compare_arms, environment, is_finished, part_of, read_run, run_digest, write_json
 from .runs import RunError, execute, planned_folder
 
 # %% ../nbs/16_sweeps.ipynb #32e8fdfc
@@ -161,7 +161,7 @@ def _row(sweep: Sweep, arm: str) -> dict:
         return dict(arm=arm, seeds=0, missing=sweep.missing.get(arm, ""))
     part, parts = sweep.compared, [part_of(r["predictions"], sweep.compared).set_index("image").sort_index() for r in runs.values()]
     told = [r["parts"][part] for r in runs.values()]
-    how = _resampling(parts[0])
+    how = resampling_of(parts[0])
     m = evaluate_runs(np.stack([p.pred for p in parts]), parts[0].score, 1000 if how != "nothing" else 0, groups=parts[0].ref if how == "scenes" else None)
     row = dict(arm=arm, seeds=len(runs), n=m["n"], parameters=next(iter(runs.values())).get("parameters"))
     for k in SHOWN:
@@ -197,7 +197,7 @@ def readable(
 
     rows = table.to_dict("records")
     shown = pd.DataFrame({"arm": table.arm, "seeds": table.seeds, **{k.upper(): [mean(r, k, 2 if k == "rmse" else 3) for r in rows] for k in SHOWN},
-                          "SRCC minus the first row's (Holm)": [_difference(dict(diff=r["diff"], diff_low=r["low"], diff_high=r["high"], p=r["p_holm"])) for r in rows]})
+                          "SRCC minus the first row's (Holm)": [difference_text(dict(diff=r["diff"], diff_low=r["low"], diff_high=r["high"], p=r["p_holm"])) for r in rows]})
     if table.remark.any():
         shown["remark"] = table.remark
     return shown
@@ -213,7 +213,7 @@ def stacked(
     for a, each in parts.items():
         if not all(p.index.equals(first.index) for p in each):
             raise ValueError(f"{a}: its {sweep.compared} pictures are not those of {arms[0]}: use the same data, split and split_seed")
-    how = _resampling(first)
+    how = resampling_of(first)
     return {a: np.stack([p.pred for p in each]) for a, each in parts.items()}, first.score, first.ref if how == "scenes" else None, how != "nothing"
 
 
@@ -264,7 +264,7 @@ def arms_figure(
     ceiling: dict | None = None,            # of `metrics.noise_ceiling`: srcc, and its range
 ) -> plt.Figure:           # left: SRCC with intervals, small dots are seeds; right: paired difference to the control
     "Arms without an order. ValueError for a table without rows."
-    _need(table, ["arm", "seeds", "srcc", "srcc_low", "srcc_high", "diff", "low", "high", "p_holm", "each", "missing"], "sweep")
+    need_columns(table, ["arm", "seeds", "srcc", "srcc_low", "srcc_high", "diff", "low", "high", "p_holm", "each", "missing"], "sweep")
     t = table.iloc[::-1].reset_index(drop=True)
     told = published is not None and published.srcc.notna().any()
     with style():
@@ -310,11 +310,11 @@ def line_figure(
 ) -> plt.Figure:           # SRCC with 95 % intervals against x; small dots are seeds
     "Arms along an axis. ValueError where no arm on the axis was run."
     t = table[table.arm.isin(x) & (table.seeds > 0)].assign(x=lambda d: d.arm.map(x), line=lambda d: d.arm.map(groups or {}).fillna(""))
-    _need(t, ["srcc", "srcc_low", "srcc_high", "each"], "arms on the axis that were run")
+    need_columns(t, ["srcc", "srcc_low", "srcc_high", "each"], "arms on the axis that were run")
     told = published is not None and published.srcc.notna().any()
     with style():
         heights = [2.3, *([0.45 + 0.22 * published.srcc.notna().sum()] if told else [])]
-        fig, axes = _figure(1 + told, height=0.5 + sum(heights), width=WIDTH * 0.72, height_ratios=heights, squeeze=False)
+        fig, axes = new_figure(1 + told, height=0.5 + sum(heights), width=WIDTH * 0.72, height_ratios=heights, squeeze=False)
         ax = axes[0, 0]
         for k, (line, d) in enumerate(t.sort_values("x").groupby("line")):
             shift = (1 + 0.04 * k) if log else 1
@@ -339,9 +339,9 @@ def cost_figure(
 ) -> plt.Figure:           # SRCC with 95 % intervals against parameters
     "Arms by what they cost; those that were not run are named below."
     t = table[table.seeds > 0]
-    _need(t, ["parameters", "srcc", "srcc_low", "srcc_high", "each"], "arms that were run")
+    need_columns(t, ["parameters", "srcc", "srcc_low", "srcc_high", "each"], "arms that were run")
     with style():
-        fig, ax = _figure(height=2.5, width=WIDTH * 0.6)
+        fig, ax = new_figure(height=2.5, width=WIDTH * 0.6)
         for k, r in enumerate(t.itertuples()):
             x = r.parameters / 1e6
             ax.vlines(x, r.srcc_low, r.srcc_high, color=PALETTE[0], lw=1.2)
@@ -362,7 +362,7 @@ def history_figure(
     "How several runs went; a dot marks the epoch that was kept."
     colours = {g: PALETTE[k % len(PALETTE)] for k, g in enumerate(dict.fromkeys((groups or {r: r for r in runs}).values()))}
     with style():
-        fig, axes = _figure(cols=2, height=2.3)
+        fig, axes = new_figure(cols=2, height=2.3)
         for label, run in runs.items():
             h, colour = run["history"], colours[(groups or {}).get(label, label)]
             for ax, column in zip(axes, ("train_loss", "val_srcc")):

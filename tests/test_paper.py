@@ -13,7 +13,7 @@ import pytest
 from smart_iqa.demo import DEMO_NOTE
 from smart_iqa.paper import STEPS, parameters_for, run_paper
 from smart_iqa.records import compare_runs, list_runs, run_digest
-from smart_iqa.runs import RunError, execute, parameters_of
+from smart_iqa.runs import RunError, parameters_of
 from smart_iqa.sweeps import arms_figure, caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
@@ -33,7 +33,7 @@ ARMS = {"l1": dict(loss="l1"), "l2": dict(loss="l2"), "no weights": dict(method=
 
 def sweep(batch, arms=ARMS, **kw):
     out, given = batch
-    return run_sweep(arms, recipe_of("demo", given["recipe"], cache=given["cache"]), [0, 1], out, "sweep", **kw)
+    return run_sweep(arms, recipe_of("demo", given["recipe"], cache=given["cache"]), [0], out, "sweep", **kw)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def times(out, batch="sweep"):
 
 def test_what_cannot_run_is_a_row_with_its_reason(first):
     table = sweep_table(first)
-    assert table.set_index("arm").seeds.to_dict() == {"l1": 2, "l2": 2, "no weights": 0, "diverges": 0, "large": 0}
+    assert table.set_index("arm").seeds.to_dict() == {"l1": 1, "l2": 1, "no weights": 0, "diverges": 0, "large": 0}
     shown = readable(table).set_index("arm").SRCC
     assert shown["large"] == "not run: needs a GPU" and "weights are not on this machine" in shown["no weights"] and "diverged" in shown["diverges"]
     assert DEMO_NOTE in caption_of(first, "Losses") and "n = 24" in caption_of(first, "Losses")
@@ -56,7 +56,7 @@ def test_what_cannot_run_is_a_row_with_its_reason(first):
 def test_another_error_stops_the_sweep(batch):
     """A misspelt loss is no finding."""
     with pytest.raises(RunError, match="unknown loss|choose|known"):
-        sweep(batch, {"l1": dict(loss="l1"), "typo": dict(loss="l3")})
+        sweep(batch, {"typo": dict(loss="l3")})
 
 
 def test_validation_sweeps_keep_the_test_part_shut(first):
@@ -72,7 +72,7 @@ def test_two_scenes_claim_nothing(first):
 
 def test_a_deleted_run_is_the_only_one_that_reruns_and_the_table_is_the_same(batch, first):
     before, table = times(batch[0]), sweep_table(first)
-    gone = Path(first.runs["l2", 1]["folder"])
+    gone = Path(first.runs["l2", 0]["folder"])
     shutil.rmtree(gone)
     again = sweep(batch)
     after = times(batch[0])
@@ -92,7 +92,7 @@ def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
     finally:
         (folder / "record.json").write_text(kept)
     plain = sweep_table(first)
-    assert np.isclose(changed.srcc[0] - plain.srcc[0], 0.05) and "their predictions give" in changed.remark[0] and not plain.remark.any()
+    assert np.isclose(changed.srcc[0] - plain.srcc[0], 0.1) and "their predictions give" in changed.remark[0] and not plain.remark.any()
     dots = [[line.get_xdata()[0] for line in arms_figure(t).axes[0].lines if line.get_marker() == "o"] for t in (plain, changed)]
     assert dots[0][-1] != dots[1][-1] and dots[0][:-1] == dots[1][:-1]
 
@@ -177,24 +177,23 @@ def test_the_log(first, batch):
     """Filtered, compared, written; the command prints what the frame holds."""
     out = batch[0]
     frame = list_runs(out, "loss == 'l2'")
-    assert len(frame) == 2 and set(frame.columns) >= {"started", "commit", "machine", "seconds", "stopped", "val_srcc"} and frame.started.notna().all()
+    assert len(frame) == 1 and set(frame.columns) >= {"started", "commit", "machine", "seconds", "stopped", "val_srcc"} and frame.started.notna().all()
     names = [Path(first.runs[a, 0]["folder"]).name for a in ("l1", "l2")]
     apart = compare_runs(names, out)
     assert "loss" in apart.index and "epochs" not in apart.index and "lr" not in apart.index
     csv = out / "log.csv"
-    words = ["--where", "loss == 'l1' and seed == 1", "--sort=-val_srcc", "--columns", "run,loss,seed,val_srcc", "--csv", str(csv)]
+    words = ["--where", "loss == 'l1' and seed == 0", "--sort=-val_srcc", "--columns", "run,loss,seed,val_srcc", "--csv", str(csv)]
     done = subprocess.run([*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and Path(first.runs["l1", 1]["folder"]).name in done.stdout and "l2" not in done.stdout and len(pd.read_csv(csv)) >= 1
+    assert done.returncode == 0 and Path(first.runs["l1", 0]["folder"]).name in done.stdout and "l2" not in done.stdout and len(pd.read_csv(csv)) >= 1
     for words, told in ((["--where", "los == 1"], "columns:"), (["--columns", "lose"], "did you mean"), (["--compare", "nothing"], "fits 0 runs")):
         done = subprocess.run([*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_unfinished_run_shows_its_state(batch):
-    out = batch[0]
-    with pytest.raises(RunError):
-        execute("train", TINY | EXPLODES | dict(profile="demo", cache=batch[1]["cache"], baseline=False, seed=7), out=out, batch="broken", echo=None)
-    assert list_runs(out, "batch == 'broken'").state.tolist() == ["unfinished"]
+def test_an_unfinished_run_shows_its_state(first, batch):
+    """The run that diverged and the one without weights, if its folder was opened, are in the log as what they are."""
+    log = list_runs(batch[0], "batch == 'sweep'", every=True)
+    assert log.state[log.lr == EXPLODES["lr"]].tolist() == ["unfinished"] and (log.state[log.lr != EXPLODES["lr"]] == "finished").sum() == 2
 
 
 @pytest.mark.slow
