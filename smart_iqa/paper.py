@@ -9,6 +9,7 @@ __all__ = ['STEPS', 'MODELS', 'DOMAINS', 'Step', 'parameters_for', 'pick_steps',
 # %% ../nbs/19_paper.ipynb #0851d70d
 import html
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,12 +182,18 @@ th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-
 nav{font:14px/1.7 system-ui,sans-serif;columns:3}.missing{color:#8a4b00}code{font-size:90%}"""
 
 
-def _article(notebook: Path, title_level: int = 2) -> str:
+def _prose(markdown: str) -> str:
+    "Markdown as HTML: headings one level lower, links that lead out of the report as plain text."
+    text = re.sub(r"(</?h)([1-5])>", lambda m: f"{m[1]}{int(m[2]) + 1}>", _MD.render(markdown))
+    return re.sub(r'<a href="(?!https?:|#)[^"]*">(.*?)</a>', r"\1", text, flags=re.DOTALL)
+
+
+def _article(notebook: Path) -> str:
     "The prose and the outputs of an executed notebook as HTML, without code. Text is escaped; HTML outputs are left out in favour of their text or Markdown."
     parts = []
     for cell in nbformat.read(notebook, 4).cells:
-        if cell.cell_type == "markdown":
-            parts.append(_MD.render(cell.source.replace("\n# ", "\n## ")).replace("<h1>", f"<h{title_level}>").replace("</h1>", f"</h{title_level}>"))
+        if cell.cell_type == "markdown" and not re.fullmatch(r"## The (record|files)\s*.*", cell.source, re.DOTALL):
+            parts.append(_prose(cell.source))
         for o in cell.get("outputs", []):
             data = o.get("data", {})
             if "image/png" in data:
