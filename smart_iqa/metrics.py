@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KRCC_MAX', 'srcc', 'krcc', 'plcc', 'rmse', 'logistic', 'Fit', 'fit_logistic', 'evaluate', 'noise_ceiling',
-           'ceiling_of', 'compare', 'holm', 'over_seeds', 'evaluate_runs', 'boot_models', 'interval_of']
+           'ceiling_of', 'compare', 'holm', 'over_seeds', 'evaluate_runs', 'boot_models', 'interval_of', 'add_seeds',
+           'models_interval']
 
 # %% ../nbs/10_metrics.ipynb #fc4e31c8
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -382,3 +383,39 @@ def interval_of(
 ) -> tuple[float, float, float]:  # the value, low, high (95 %); without resamples the ends are nan
     "A value with its percentile interval; resamples in which it is undefined are left out."
     return float(values[0]), *_interval(values[1:])
+
+# %% ../nbs/10_metrics.ipynb #4a6517c3
+def add_seeds(
+    value: float, low: float, high: float, p: float,  # of a bootstrap over pictures, of the mean over seeds
+    each: ArrayLike,  # (k,) the same quantity of every seed
+) -> tuple[float, float, float]:  # low, high, p
+    "The interval and p-value widened by the luck of the seeds; as they are for one seed or without an interval."
+    each = np.asarray(each, float)
+    if len(each) < 2 or not high > low: return low, high, p
+    pictures, seeds = (high - low) / (2 * stats.norm.ppf(0.975)), each.std(ddof=1) / len(each) ** 0.5
+    if not seeds > 0: return low, high, p
+    se = np.hypot(pictures, seeds)
+    df = (len(each) - 1) * (se / seeds) ** 4
+    wider = stats.t.ppf(0.975, df) * se / (stats.norm.ppf(0.975) * pictures)
+    return value - (value - low) * wider, value + (high - value) * wider, max(p, float(2 * stats.t.sf(abs(value) / se, df)))
+
+
+def models_interval(
+    preds: dict[str, ArrayLike],       # model to (seeds, n) predictions of the same images, the same seeds in the same order
+    score: ArrayLike,                  # (n,) true scores
+    f: Callable[[dict], ArrayLike],    # of model to its metric: what is measured, such as lambda m: m["large"] - m["small"]
+    metric: str = "srcc",
+    n_boot: int = 2000,                # resamples; 0: no interval
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+) -> tuple[float, float, float, float]:  # the value, low, high (95 %), p of its being 0
+    "A function of several models' metrics, with an interval over pictures and seeds. ValueErrors as in `srcc`, and for unequal numbers of seeds."
+    b = boot_models(preds, score, metric, n_boot, seed, groups)
+    value, low, high = interval_of(values := np.asarray(f(b)))
+    counts = {k: len(np.atleast_2d(np.asarray(v))) for k, v in preds.items()}
+    if len(set(counts.values())) > 1: raise ValueError(f"models have unequal numbers of seeds: {counts}")
+    d = values[1:][~np.isnan(values[1:])]
+    p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1)) if len(d) else float("nan")
+    one = [{k: np.atleast_2d(np.asarray(v, float))[s : s + 1] for k, v in preds.items()} for s in range(next(iter(counts.values())))]
+    each = [float(np.asarray(f(boot_models(m, score, metric, 0)))[0]) for m in one]
+    return value, *add_seeds(value, low, high, p, each)

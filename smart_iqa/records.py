@@ -27,7 +27,7 @@ import torch
 
 from .config import MACHINE, Config, pick_device, run_id, use_bf16
 from .data import ImageSet
-from .metrics import compare, evaluate, evaluate_runs, holm, srcc
+from .metrics import add_seeds, compare, evaluate, evaluate_runs, holm, srcc
 
 # %% ../nbs/11_records.ipynb #f1333fcd
 def write_whole(
@@ -171,7 +171,7 @@ def compare_arms(
     part: str = "val",                 # as `part_of` has them
     n_boot: int = 2000,
 ) -> pd.DataFrame:  # a row an arm, the control first: arm, seeds, n, srcc, srcc_std, and the gain over the control: diff, low, high, p, p_holm, better
-    "Mean SRCC over seeds, and its paired difference to the control; no intervals where scenes are too few. ValueError when arms saw other pictures."
+    "Mean SRCC over seeds, and its paired difference to the control, with intervals over pictures and seeds; none where scenes are too few. ValueError when arms saw other pictures."
     def predictions(runs: dict, seeds) -> pd.DataFrame:  # a column a seed
         return pd.concat([part_of(runs[s]["predictions"], part).set_index("image").pred.rename(s) for s in seeds], axis=1)
 
@@ -193,6 +193,8 @@ def compare_arms(
         c = compare(a.T, b.T, labels.score, n_boot=n_boot if how != "nothing" else 1, groups=groups)
         if how == "nothing":  # too few scenes to say how sure this is
             c |= dict(low=np.nan, high=np.nan, p=np.nan)
+        each = [srcc(a[s], labels.score) - srcc(b[s], labels.score) for s in seeds]
+        c |= dict(zip(("low", "high", "p"), add_seeds(c["diff"], c["low"], c["high"], c["p"], each)))
         rows.append(row(arm, a, labels.score) | {k: c[k] for k in ("diff", "low", "high", "p")})
     frame = pd.DataFrame(rows, columns=["arm", "seeds", "n", "srcc", "srcc_std", "diff", "low", "high", "p"])
     frame["p_holm"] = [np.nan, *holm(frame.p[1:])]  # NaN stays NaN
@@ -384,7 +386,10 @@ def compare_runs(
     out: str | Path = "outputs",
 ) -> pd.DataFrame:        # a row a column of the log in which they differ, a column a run
     "What sets some runs apart: parameters, code, machine, and what came out. ValueError for a name that fits no run or several."
-    frame = list_runs(out, every=True).set_index("run")
+    frame = list_runs(out, every=True)
+    if not len(frame):
+        raise ValueError(f"no runs below {Path(out).resolve()}: nothing to compare")
+    frame = frame.set_index("run")
     chosen = []
     for name in runs:
         fits = [r for r in frame.index if r == name] or [r for r in frame.index if r.startswith(name)]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'TUNED', 'SEEDS', 'SIZES', 'HOPELESS', 'SHOWN', 'PART_NAMES', 'VERDICTS', 'recipe_of', 'seeds_of', 'Sweep',
            'run_sweep', 'sweep_table', 'readable', 'stacked', 'caption_of', 'title_of', 'arms_figure', 'line_figure',
-           'cost_figure', 'history_figure', 'show_table', 'claim', 'verdict_of', 'experiment_folder',
+           'cost_figure', 'history_figure', 'show_table', 'claim', 'holm_verdict', 'verdict_of', 'experiment_folder',
            'write_experiment', 'is_current']
 
-# %% ../nbs/16_sweeps.ipynb #440da1eb
+# %% ../nbs/16_sweeps.ipynb #103965e2
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,7 +68,7 @@ def seeds_of(
     "The seeds of a sweep."
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
-# %% ../nbs/16_sweeps.ipynb #b70d0b14
+# %% ../nbs/16_sweeps.ipynb #8be4e207
 HOPELESS = {"WeightsError": "weights are not on this machine", "TrainingError": "diverged"}  # errors that leave a row with a reason; others stop the sweep
 
 
@@ -80,6 +80,7 @@ class Sweep:
     part: str = "val"                    # what is compared: val, or test (without near-duplicates of training pictures where there are some)
     runs: dict = field(default_factory=dict)     # (arm, seed) to a finished run, as `read_run` gives it
     missing: dict = field(default_factory=dict)  # arm to the reason why some or all of its runs are not there
+    whole: bool = False                  # compare the whole test part, near-duplicates too, as published protocols do
 
     @property
     def control(self) -> str:
@@ -92,7 +93,7 @@ class Sweep:
     def compared(self) -> str:
         "The part as records name it."
         clean = any("test_clean" in run.get("parts", {}) for run in self.runs.values())
-        return "test_clean" if self.part == "test" and clean else self.part
+        return "test_clean" if self.part == "test" and clean and not self.whole else self.part
 
     @property
     def note(self) -> str | None:
@@ -150,7 +151,7 @@ def run_sweep(
         raise ValueError(f"no run of the control, {sweep.control!r}: {sweep.missing.get(sweep.control, 'give it seeds')}")
     return sweep
 
-# %% ../nbs/16_sweeps.ipynb #a6d243dd
+# %% ../nbs/16_sweeps.ipynb #309a55b7
 SHOWN = ("srcc", "plcc", "rmse")
 
 
@@ -167,9 +168,14 @@ def _row(sweep: Sweep, arm: str) -> dict:
     for k in SHOWN:
         values = np.array([t[k] if t[k] is not None else np.nan for t in told], float)
         row |= {k: values.mean(), f"{k}_std": values.std(ddof=1) if len(values) > 1 else np.nan, **{f"{k}_{e}": m.get(f"{k}_{e}", np.nan) for e in ("low", "high")}}
+    remarks = []
     if abs(row["srcc"] - m["srcc"]) > 5e-4:
-        row["remark"] = f"records say {row['srcc']:.4f}, their predictions give {m['srcc']:.4f}"
-    return row | dict(each=" ".join(f"{t['srcc']:.4f}" for t in told), seconds=np.mean([r.get("seconds") or np.nan for r in runs.values()]), missing=sweep.missing.get(arm, ""))
+        remarks.append(f"records say {row['srcc']:.4f}, their predictions give {m['srcc']:.4f}")
+    if len(runs) < len(sweep.seeds):
+        remarks.append(f"seeds {', '.join(map(str, runs))} alone ({sweep.missing.get(arm, 'not run').split(':')[0]}); the difference is over seeds that both have")
+    if any(t["srcc"] is None for t in told):
+        remarks.append("a seed ended with constant predictions")
+    return row | dict(remark="; ".join(remarks), each=" ".join("nan" if t["srcc"] is None else f"{t['srcc']:.4f}" for t in told), seconds=np.mean([r.get("seconds") or np.nan for r in runs.values()]), missing=sweep.missing.get(arm, ""))
 
 
 def sweep_table(
@@ -181,7 +187,7 @@ def sweep_table(
     c = compare_arms(sweep.of(sweep.control), done, sweep.compared)
     c.loc[0, "arm"] = sweep.control
     table = rows.merge(c[["arm", "diff", "low", "high", "p", "p_holm", "better"]], on="arm", how="left")
-    return table.assign(remark=table.get("remark", pd.Series("", table.index)).fillna(""))
+    return table.assign(remark=table.remark.fillna(""))
 
 
 def readable(
@@ -206,9 +212,12 @@ def readable(
 def stacked(
     sweep: Sweep,
     arms: list[str],
-) -> tuple[dict, pd.Series, pd.Series | None, bool]:  # arm to (seeds, n) predictions; scores (n,); groups for a bootstrap; whether there are scenes enough for one
-    "Predictions of several arms on the same pictures, as `metrics.boot_models` takes them. ValueError when arms saw other pictures."
-    parts = {a: [part_of(r["predictions"], sweep.compared).set_index("image").sort_index() for r in sweep.of(a).values()] for a in arms}
+) -> tuple[dict, pd.Series, pd.Series | None, bool]:  # arm to (seeds, n) predictions of the seeds that all have; scores (n,); groups for a bootstrap; whether there are scenes enough for one
+    "Predictions of several arms on the same pictures, as `metrics.models_interval` takes them. ValueError when arms saw other pictures or share no seed."
+    common = sorted(set.intersection(*(set(sweep.of(a)) for a in arms)))
+    if not common:
+        raise ValueError(f"{', '.join(arms)}: have no seed in common")
+    parts = {a: [part_of(sweep.of(a)[s]["predictions"], sweep.compared).set_index("image").sort_index() for s in common] for a in arms}
     first = parts[arms[0]][0]
     for a, each in parts.items():
         if not all(p.index.equals(first.index) for p in each):
@@ -227,8 +236,9 @@ def caption_of(
     c = sweep.ceiling
     limit = (f" Label noise lets a perfect predictor reach SRCC {c['srcc']:.4f} [{c['srcc_low']:.4f}, {c['srcc_high']:.4f}] (simulated)." if c else
              " The set does not tell how many opinions there were and how they spread, so no ceiling of label noise is drawn.")
+    luck = "their intervals over pictures and seeds" if len(sweep.seeds) > 1 else "their intervals of these trained networks, not of the method, for there is one seed"
     return (f"{what}: {first['dataset']}, {part}, n = {n}; mean ± standard deviation over seeds {', '.join(map(str, sweep.seeds))}, 95 % bootstrap intervals over pictures "
-            f"where there are enough scenes, differences paired, p corrected for the number of arms (Holm).{limit if not sweep.note else ' ' + sweep.note}")
+            f"where there are enough scenes; differences paired, {luck}, p corrected for the number of arms (Holm).{limit if not sweep.note else ' ' + sweep.note}")
 
 # %% ../nbs/16_sweeps.ipynb #ca352344
 PART_NAMES = {"val": "validation", "test": "test", "test_clean": "test without near-duplicates"}
@@ -244,7 +254,7 @@ def title_of(sweep: Sweep) -> str:
 def _interval_label(t: pd.DataFrame) -> str:
     return "95 % interval" if t.srcc_low.notna().any() else "too few scenes for intervals"
 
-# %% ../nbs/16_sweeps.ipynb #bb1d3562
+# %% ../nbs/16_sweeps.ipynb #dc18d77a
 def _published_panel(ax, published: pd.DataFrame, metric: str):
     "Hollow dots of what others report."
     p = published[published[metric].notna()].iloc[::-1]
@@ -297,7 +307,7 @@ def arms_figure(
         if told: _published_panel(fig.add_subplot(grid[1, :]), published, "srcc")
     return fig
 
-# %% ../nbs/16_sweeps.ipynb #cec072bd
+# %% ../nbs/16_sweeps.ipynb #82151b33
 def line_figure(
     table: pd.DataFrame,   # of `sweep_table`
     x: dict[str, float],   # arm to its place on the axis
@@ -332,10 +342,11 @@ def line_figure(
         if told: _published_panel(axes[1, 0], published, "srcc")
     return fig
 
-# %% ../nbs/16_sweeps.ipynb #84053624
+# %% ../nbs/16_sweeps.ipynb #d58c7e7a
 def cost_figure(
     table: pd.DataFrame,   # of `sweep_table`
     title: str = "",
+    ceiling: dict | None = None,  # of `metrics.noise_ceiling`
 ) -> plt.Figure:           # SRCC with 95 % intervals against parameters
     "Arms by what they cost; those that were not run are named below."
     t = table[table.seeds > 0]
@@ -349,6 +360,9 @@ def cost_figure(
             ax.plot(x, r.srcc, "o", color=PALETTE[0], ms=5)
             ax.annotate(r.arm, (x, r.srcc), xytext=(6, 3), textcoords="offset points", fontsize="small")
         ax.margins(x=0.2)
+        if ceiling:
+            ax.axhspan(ceiling["srcc_low"], ceiling["srcc_high"], color="0.88", zorder=0, label="ceiling of label noise")
+            ax.legend(fontsize="small")
         lost = table.arm[table.seeds == 0].tolist()
         ax.set(xlabel="parameters (millions)" + (f"\nnot run: {', '.join(lost)}" if lost else ""), ylabel=f"SRCC\n({_interval_label(t)}; dots: seeds)", title=title)
     return fig
@@ -379,7 +393,7 @@ def history_figure(
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
     return fig
 
-# %% ../nbs/16_sweeps.ipynb #5e5bf649
+# %% ../nbs/16_sweeps.ipynb #39323e2b
 VERDICTS = ("holds", "does not hold", "not decided", "cannot be tested here")
 
 
@@ -397,6 +411,13 @@ def claim(
     "A claim and what became of it. ValueError for an unknown verdict."
     check_names([verdict], VERDICTS, "verdict")
     return dict(claim=said, published=published, measured=measured, verdict=verdict)
+
+
+def holm_verdict(
+    low: float, high: float, p: float,  # interval, and p corrected for the number of questions
+) -> str:
+    "As `verdict_of`, but not decided unless the corrected p-value is below .05."
+    return verdict_of(low, high) if p < 0.05 or not np.isfinite(low) else "not decided"
 
 
 def verdict_of(
@@ -446,11 +467,11 @@ def is_current(
     folder: str | Path,  # of an experiment
     runs: str | Path | None = None,  # the folder of its inputs; None: beside it
 ) -> bool:
-    "Whether an experiment is finished and stands on inputs that are all still what they were, with nothing missing that could be there."
+    "Whether an experiment is finished and stands on inputs that are all still what they were, with nothing missing that could be there by now (runs, weights)."
     folder = Path(folder)
     if not is_finished(folder):
         return False
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     where = Path(runs) if runs else folder.parent
-    whole = not any(str(m).endswith("not run yet") for m in record.get("missing", []))
+    whole = not any(str(m).endswith("not run yet") or HOPELESS["WeightsError"] in str(m) for m in record.get("missing", []))
     return whole and all(is_finished(where / name) and run_digest(where / name) == digest for name, digest in record.get("inputs", {}).items())
