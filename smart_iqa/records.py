@@ -385,21 +385,22 @@ def list_runs(
 
 
 def compare_runs(
-    runs: Sequence[str],  # names of run folders, or beginnings of them that fit one alone
+    runs: Sequence[str],  # names of run folders (RUN or BATCH/RUN), or beginnings of them that fit one alone
     out: str | Path = "outputs",
 ) -> pd.DataFrame:        # a row a column of the log in which they differ, a column a run
     "What sets some runs apart: parameters, code, machine, and what came out. ValueError for a name that fits no run or several."
     frame = list_runs(out, every=True)
     if not len(frame):
         raise ValueError(f"no runs below {Path(out).resolve()}: nothing to compare")
-    frame = frame.set_index("run")
+    frame = frame.set_index(frame.batch + "/" + frame.run)
     chosen = []
     for name in runs:
-        fits = [r for r in frame.index if r == name] or [r for r in frame.index if r.startswith(name)]
+        whole = frame.index if "/" in name else frame.run
+        fits = list(frame.index[whole == name]) or list(frame.index[whole.str.startswith(name)])
         if len(fits) != 1:
-            raise ValueError(f"{name!r} fits {len(fits)} runs below {out}{': ' + ', '.join(fits[:5]) if fits else ''}; smart-iqa runs lists them")
+            raise ValueError(f"{name!r} fits {len(fits)} runs below {out}{': ' + ', '.join(fits[:5]) if fits else ''}; smart-iqa runs lists them, and BATCH/RUN names one of several batches")
         chosen += fits
-    t = frame.loc[chosen].T
+    t = frame.loc[chosen].drop(columns="run").T
     return t[[len(set(map(str, row))) > 1 for row in t.to_numpy()]]
 
 # %% ../nbs/11_records.ipynb #821cc211

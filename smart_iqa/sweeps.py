@@ -251,7 +251,7 @@ def title_of(sweep: Sweep) -> str:
 def _interval_label(t: pd.DataFrame) -> str:
     return "95 % interval" if t.srcc_low.notna().any() else "too few scenes for intervals"
 
-# %% ../nbs/16_sweeps.ipynb #dc18d77a
+# %% ../nbs/16_sweeps.ipynb #b6a2fa1f
 def _published_panel(ax, published: pd.DataFrame, metric: str):
     "Hollow dots of what others report."
     p = published[published[metric].notna()].iloc[::-1]
@@ -296,9 +296,10 @@ def arms_figure(
             a.axvline(ceiling["srcc"], color="0.4", lw=0.8, ls=":")
             a.text(ceiling["srcc_low"], -0.55, "ceiling of label noise ", ha="right", va="bottom", fontsize="small", color="0.4")
         b.axvline(0, color="0.4", lw=0.8)
-        a.set(yticks=range(len(t)), yticklabels=t.arm, ylim=(-0.6, len(t) - 0.4), xlabel=f"SRCC ({_interval_label(t)}; grey: seeds)")
+        a.set(yticks=range(len(t)), yticklabels=t.arm, ylim=(-0.6, len(t) - 0.4), xlabel=f"SRCC\n({_interval_label(t)}; grey: seeds)")
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
-        b.set(xlabel=f"minus the first ({_interval_label(t)})", title="filled: corrected p < .05")
+        b.set(xlabel=f"minus the first\n({_interval_label(t)})", title="filled: corrected p < .05")
+        if t["diff"].isna().all(): b.set_visible(False)
         b.tick_params(labelleft=False)
         for ax in (a, b): ax.grid(axis="y", visible=False)
         if told: _published_panel(fig.add_subplot(grid[1, :]), published, "srcc")
@@ -339,7 +340,7 @@ def line_figure(
         if told: _published_panel(axes[1, 0], published, "srcc")
     return fig
 
-# %% ../nbs/16_sweeps.ipynb #d58c7e7a
+# %% ../nbs/16_sweeps.ipynb #715076b9
 def cost_figure(
     table: pd.DataFrame,   # of `sweep_table`
     title: str = "",
@@ -380,7 +381,8 @@ def history_figure(
                 ax.plot(h.epoch, h[column].astype(float), lw=1.1, color=colour, label=(groups or {}).get(label, label))
             kept = h[h.epoch == run["best_epoch"]]
             axes[1].plot(kept.epoch, kept.val_srcc, "o", ms=4, color=colour)
-        axes[0].set(ylabel="training loss", yscale="log", title=title or f"{len(runs)} runs")
+        axes[0].set(ylabel="training loss", yscale="log", title=f"{len(runs)} run{'s' * (len(runs) > 1)}")
+        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
         part = "test" if any("chosen_on" in r["history"] and (r["history"].chosen_on == "test").any() for r in runs.values()) else "validation"
         axes[1].set(ylabel=f"SRCC ({part})", title="dots: the epochs that were kept")
         for ax in axes:

@@ -178,7 +178,7 @@ def test_the_log(first, batch):
     out = batch[0]
     frame = list_runs(out, "loss == 'l2'")
     assert len(frame) == 1 and set(frame.columns) >= {"started", "commit", "machine", "seconds", "stopped", "val_srcc"} and frame.started.notna().all()
-    names = [Path(first.runs[a, 0]["folder"]).name for a in ("l1", "l2")]
+    names = ["sweep/" + Path(first.runs[a, 0]["folder"]).name for a in ("l1", "l2")]
     apart = compare_runs(names, out)
     assert "loss" in apart.index and "epochs" not in apart.index and "lr" not in apart.index
     csv = out / "log.csv"
