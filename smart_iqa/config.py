@@ -12,6 +12,7 @@ import ctypes
 import difflib
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -288,13 +289,13 @@ def track(
     initial: int = 0,    # items done before, in a resumed loop
 ) -> Iterator:
     "The items, one by one, with progress shown or written down once a second."
-    path, last, started = os.environ.get(PROGRESS), 0.0, time.time()
+    path, last, started = os.environ.get(PROGRESS), -math.inf, time.monotonic()  # a clock that is set must not stop it
     if not path:
         yield from tqdm(items, total=total, desc=what, initial=initial, disable=not show, leave=False, mininterval=1)
         return
     for done, item in enumerate(items, initial):
-        if time.time() - last > 1:
-            last = time.time()
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
             with contextlib.suppress(OSError):  # Windows refuses while the launcher reads; the next second will do
                 Path(f"{path}.tmp").write_text(json.dumps(dict(what=what, done=done, total=total, seconds=last - started, initial=initial)))
                 os.replace(f"{path}.tmp", path)

@@ -14,16 +14,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import papermill_io
 from traitlets.config import Config as TraitConfig
 
 import smart_iqa
 from .config import PROGRESS, Config, check_names, fingerprint, make_config
 from .data import load_set
-from .records import is_finished, read_lines, run_folder
+from .records import hold, is_finished, read_lines, run_folder, write_json, write_whole
 
 # %% ../nbs/16_runs.ipynb #0fc419fc
 class RunError(RuntimeError):
@@ -83,11 +86,11 @@ def _line(state: dict) -> str:
 class _Watcher:
     "Shows progress and finished epochs of a run folder until it is closed."
 
-    def __init__(self, folder: Path, progress: Path, echo: Callable[[str], None] | None):
-        self.folder, self.progress, self.echo = folder, progress, echo
+    def __init__(self, folder: Path, echo: Callable[[str], None] | None):
+        self.folder, self.progress, self.echo = folder, folder / "progress.json", echo
         self.epochs = len(read_lines(folder / "metrics.jsonl"))
         self.tty = echo is print and sys.stderr.isatty()
-        self.stop, self.shown, self.what = threading.Event(), 0.0, ""
+        self.stop, self.shown, self.what = threading.Event(), -30.0, ""
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self):
@@ -112,9 +115,9 @@ class _Watcher:
         line = _line(state)
         if self.tty:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif self.echo and (state["what"] != self.what or time.time() - self.shown > 30):
+        elif self.echo and (state["what"] != self.what or time.monotonic() - self.shown > 30):
             self.echo(line)
-            self.shown = time.time()
+            self.shown = time.monotonic()
         self.what = state["what"]
 
     def _epochs(self):
@@ -134,7 +137,7 @@ def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name:
         return run_folder(cfg, load_set(cfg, progress=True), out, batch, name)
     files = [p for v in given.values() if isinstance(v, str) for p in (Path(v), Path(v) / "record.json") if p.is_file()]
     content = [hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in files]  # another checkpoint under the same name is another run
-    what = {k: v for k, v in given.items() if k != "cache"}  # where pixels lie changes nothing
+    what = {k: v for k, v in given.items() if k not in ("cache", "workers")}  # where pixels lie, and who does the work, changes nothing
     return out / batch / f"{name or stem}-{fingerprint([what, content])}"
 
 
@@ -147,14 +150,56 @@ def planned_folder(
     return _folder_of(path.stem, parameters, parameters_of(notebook), Path(out).expanduser().resolve(), batch, name)
 
 
+class _Whole:
+    "A papermill handler that writes a notebook so that nobody ever reads half of it."
+    prefix = "whole:"
+
+    def read(self, path): return Path(path.removeprefix(self.prefix)).read_text(encoding="utf-8")
+    def write(self, text, path): write_whole(path.removeprefix(self.prefix), text)
+    def pretty_path(self, path): return path.removeprefix(self.prefix)
+
+
+papermill_io.register(_Whole.prefix, _Whole())
+
+
+def _start_line(folder: Path) -> str:
+    "What a kernel does before its first cell: hold the folder, and tell its progress there."
+    return f"import os; os.environ[{PROGRESS!r}] = {str(folder / 'progress.json')!r}; from smart_iqa.records import hold_here; hold_here({str(folder)!r})"
+
+
+def _execute(path: Path, folder: Path, parameters: dict):
+    "Run a notebook in a kernel of its own. RunError where it, or its kernel, or a disk fails."
+    def failed(kind: str, reason: str, text: str) -> RunError:
+        with suppress(OSError):  # a full disk must not hide the reason
+            write_json(folder / "failure.json", dict(kind=kind, reason=reason, notebook=path.stem, when=time.strftime("%Y-%m-%dT%H:%M:%S%z"), configuration="config.json"))
+        return RunError(text, kind, reason)
+
+    with tempfile.TemporaryDirectory(prefix="smart-iqa-", ignore_cleanup_errors=True) as scratch:
+        ipc = dict(transport="ipc", ip=f"{scratch}/k") if os.name == "posix" else {}
+        try:
+            papermill.execute_notebook(str(path), f"{_Whole.prefix}{folder / 'run.ipynb'}", parameters=parameters | dict(folder=str(folder)), kernel_name="python3", progress_bar=False,
+                                       start_timeout=600, extra_arguments=[f"--IPKernelApp.exec_lines={_start_line(folder)}"], config=TraitConfig(KernelManager=ipc))
+        except PapermillExecutionError as e:
+            raise failed(e.ename, e.evalue, f"{path.stem} failed with {e.ename}: {e.evalue}\nthe executed notebook: {folder / 'run.ipynb'}") from None
+        except (DeadKernelError, TimeoutError) as e:
+            raise failed("DeadKernelError", str(e), f"{path.stem}: its kernel died (killed, or out of memory) in {folder}; the same command goes on where it was") from None
+        except OSError as e:
+            raise failed(type(e).__name__, str(e), f"{path.stem} stopped with {type(e).__name__}: {e}; mend that, and the same command goes on") from None
+        except RuntimeError as e:
+            if "ernel" not in str(e):
+                raise
+            raise failed("DeadKernelError", str(e), f"{path.stem}: its kernel did not start ({e}) in {folder}; the same command goes on where it was") from None
+
+
 def execute(
     notebook: str | Path,           # "train", another experiment, or a path
     parameters: dict | None = None, # checked by name against the notebook's parameters
     out: str | Path = "outputs",    # folder of all batches
     batch: str = "runs",            # folder of this batch
     name: str | None = None,        # readable part of the run's name
-    again: bool = False,            # run a finished run once more
+    again: bool | Callable[[], bool] = False,  # run a finished run once more; a function is asked when nobody else works in the folder
     echo: Callable[[str], None] | None = print,  # told what happens; None: silence
+    wait: bool = True,              # for another process that works on this run; False: records.Busy
 ) -> Path:                          # the folder of the finished run
     "Run an experiment notebook; a finished run is not run again, an unfinished one goes on. RunError when it fails."
     say = echo or (lambda text: None)
@@ -164,25 +209,24 @@ def execute(
         raise ValueError("folder is made of out, batch and name; give those")
     out, batch, name = given.pop("out", out), given.pop("batch", batch), given.pop("name", name)  # as words they mean the same
     folder = _folder_of(path.stem, given, known, Path(out).expanduser().resolve(), batch, name)
-    if again:
-        (folder / "record.json").unlink(missing_ok=True)
-    if is_finished(folder):
+    if is_finished(folder) and not again:  # also where nothing may be written
         say(f"finished before: {folder}")
         return folder
-    say(f"{'going on' if (folder / 'resume.pt').exists() else 'starting'}: {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="smart-iqa-") as scratch:
-        progress = Path(scratch) / "progress.json"
-        ipc = dict(transport="ipc", ip=f"{scratch}/k") if os.name == "posix" else {}
-        before, os.environ[PROGRESS] = os.environ.get(PROGRESS), str(progress)
-        try:
-            with _Watcher(folder, progress, echo):
-                papermill.execute_notebook(str(path), str(folder / "run.ipynb"), parameters=given | dict(folder=str(folder)),
-                                           kernel_name="python3", progress_bar=False, config=TraitConfig(KernelManager=ipc))
-        except PapermillExecutionError as e:
-            raise RunError(f"{path.stem} failed with {e.ename}: {e.evalue}\nthe executed notebook: {folder / 'run.ipynb'}", e.ename, e.evalue) from None
-        finally:
-            os.environ.pop(PROGRESS) if before is None else os.environ.update({PROGRESS: before})
+    try:
+        with hold(folder, wait, say):
+            if again() if callable(again) else again:
+                (folder / "record.json").unlink(missing_ok=True)
+            if is_finished(folder):  # by somebody else, meanwhile
+                say(f"finished before: {folder}")
+                return folder
+            say(f"{'going on' if (folder / 'resume.pt').exists() else 'starting'}: {folder}")
+            for left in (folder / "failure.json", *folder.glob(".*.tmp")):  # of an attempt that was killed
+                left.unlink(missing_ok=True)
+            with _Watcher(folder, echo):
+                _execute(path, folder, given)
+            (folder / "progress.json").unlink(missing_ok=True)
+    except OSError as e:
+        raise RunError(f"{folder}: {e.strerror or e}; mend that, or give another out, and the same command goes on", type(e).__name__, str(e)) from None
     if not is_finished(folder):
         raise RunError(f"{folder}: the notebook ended without writing record.json; start the same command again to go on")
     return folder
