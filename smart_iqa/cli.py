@@ -175,10 +175,24 @@ def _columns_of(frame, names: list[str]) -> list[str]:
     return names
 
 
+def _watch(out: str):
+    "Show what goes on below a folder until somebody has had enough."
+    from smart_iqa.workers import counts_of, states_table
+
+    while True:
+        folders = [f.parent for f in sorted(Path(out).expanduser().glob("*/*/config.json"))]
+        states = states_table({f"{f.parent.name}/{f.name}": f for f in folders})
+        at_work = states[states.state != "finished"]
+        _say(("\033[2J\033[H" if sys.stdout.isatty() else "") + (at_work.to_string(index=False) + "\n" if len(at_work) else "") + counts_of(states))
+        time.sleep(3)
+
+
 def runs(args: argparse.Namespace):
     "The log of all runs below a folder: what, when, code, machine, seconds, metrics, why it stopped; or what sets some of them apart."
     from smart_iqa.records import LOG, compare_runs, list_runs
 
+    if args.watch:
+        return _watch(args.out)
     if args.compare:
         frame = compare_runs(args.compare, args.out)
         text = frame.to_string()
@@ -207,9 +221,13 @@ def paper(args: argparse.Namespace) -> int:
         raise ValueError(f"--profile {args.profile} needs --root: the folder of {'BIQ2021' if args.profile == 'lite' else 'KonIQ-10k'}, or of another set named in --recipe")
     if args.root and not Path(args.root).is_dir():
         raise ValueError(f"{args.root}: no such folder")
-    given = dict(root=args.root, recipe=args.recipe, seeds=args.seeds, cache=args.cache, threads=args.threads)
+    given = dict(root=args.root, recipe=args.recipe, seeds=args.seeds, cache=args.cache, threads=args.threads, workers=_workers(args))
     started = time.time()
-    report, failed = run_paper(args.profile, args.out, args.only, args.without, args.sets, **given)
+    try:
+        report, failed = run_paper(args.profile, args.out, args.only, args.without, args.sets, **given)
+    except KeyboardInterrupt:
+        _note("stopped; the same command goes on where it was")
+        os._exit(130)  # not to wait for the experiments that are under way: they end with this process
     _say(f"\nreport:  {report / 'report.html'}\ntables:  {report / 'tables'}\nfigures: {report / 'figures'}\n{time.time() - started:.0f} s")
     for name, why in failed.items():
         _note(f"{name} failed: {why}")
@@ -384,6 +402,20 @@ def _data_arguments(p: argparse.ArgumentParser):
     a.add_argument("--again", action="store_true", help="replace files that hold another split")
 
 
+def _workers_arguments(p: argparse.ArgumentParser):
+    "Who does the work of a batch."
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--workers", type=_count, metavar="N", help="processes on this machine, one run at a time each, one a GPU (default: one run after another)")
+    g.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask scheduler, such as tcp://host:8786; start workers with: dask worker --nthreads 1 --memory-limit 0 ADDRESS")
+    g.add_argument("--scheduler-file", metavar="FILE", help="the file that dask scheduler --scheduler-file wrote")
+
+
+def _workers(args: argparse.Namespace) -> int | str | None:
+    if args.scheduler_file and not Path(args.scheduler_file).is_file():
+        raise ValueError(f"{args.scheduler_file}: no such file; start the scheduler with  dask scheduler --scheduler-file {args.scheduler_file}")
+    return args.workers or args.scheduler or args.scheduler_file
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("smart-iqa", description="Blind image quality assessment: score pictures; train, evaluate, report.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -419,6 +451,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sort", metavar="COLUMN", help="order by a column; -COLUMN: largest first, written --sort=-COLUMN")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="what sets these runs apart; beginnings of names will do")
     p.add_argument("--csv", metavar="FILE", help="write all columns")
+    p.add_argument("--watch", action="store_true", help="show unfinished runs (state, epoch, metric, time left) until Ctrl-C")
     p = command(paper, "paper", epilog="The same command goes on where it was stopped; finished runs are skipped. Exit code: 0 all experiments are there, 1 some failed.")
     p.add_argument("--profile", choices=("demo", "lite", "paper"), default="demo", help="demo: rendered pictures, a laptop; lite: BIQ2021, heads on frozen features; paper: KonIQ-10k, GPUs (default: demo)")
     p.add_argument("--root", metavar="DIR", help="folder of the image set (lite: BIQ2021, paper: KonIQ-10k)")
@@ -429,6 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sets", metavar="JSON", help="other image sets for cross_dataset: '{\"SPAQ\": {\"dataset\": \"spaq\", \"root\": \"DIR\", \"split\": \"paper\"}}'")
     p.add_argument("--threads", type=_count, metavar="N", help="torch threads of every run (default: as torch chooses)")
     p.add_argument("--cache", metavar="DIR", help="folder of the caches (default: $SMART_IQA_CACHE or ~/.cache/smart_iqa)")
+    _workers_arguments(p)
     p.add_argument("--list", action="store_true", help="list the experiments and stop")
     _data_arguments(command(data, "data", out=False))
     return parser

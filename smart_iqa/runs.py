@@ -26,7 +26,7 @@ from traitlets.config import Config as TraitConfig
 import smart_iqa
 from .config import PROGRESS, Config, check_names, fingerprint, make_config
 from .data import load_set
-from .records import hold, is_finished, read_lines, run_folder, write_json, write_whole
+from .records import KERNEL_LOCK, hold, is_finished, read_lines, run_folder, write_json, write_whole
 
 # %% ../nbs/16_runs.ipynb #0fc419fc
 class RunError(RuntimeError):
@@ -164,7 +164,8 @@ papermill_io.register(_Whole.prefix, _Whole())
 
 def _start_line(folder: Path) -> str:
     "What a kernel does before its first cell: hold the folder, and tell its progress there."
-    return f"import os; os.environ[{PROGRESS!r}] = {str(folder / 'progress.json')!r}; from smart_iqa.records import hold_here; hold_here({str(folder)!r})"
+    return (f"import filelock, os; os.environ[{PROGRESS!r}] = {str(folder / 'progress.json')!r}; "
+            f"_held = filelock.FileLock({str(folder / KERNEL_LOCK)!r}, thread_local=False); _held.acquire(poll_interval=0.5)")
 
 
 def _execute(path: Path, folder: Path, parameters: dict):

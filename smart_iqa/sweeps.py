@@ -11,6 +11,7 @@ __all__ = ['RECIPES', 'TUNED', 'SEEDS', 'SIZES', 'HOPELESS', 'SHOWN', 'VERDICTS'
 # %% ../nbs/18_sweeps.ipynb #3910a97c
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from .config import check_names, fingerprint
 from .figures import PALETTE, WIDTH, difference_text, new_figure, need_columns, markdown, save, save_table, style
 from .metrics import ceiling_of, evaluate_runs
 from .records import PART_NAMES, compare_arms, environment, is_finished, part_of, read_run, resampling_of, run_digest, write_json
-from .runs import RunError, execute, planned_folder
+from .runs import RunError, planned_folder
+from .workers import Job, LiveTable, connect, run_jobs
 
 # %% ../nbs/18_sweeps.ipynb #32e8fdfc
 RECIPES = {  # parameters of `train`
@@ -69,7 +71,8 @@ def seeds_of(
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
 # %% ../nbs/18_sweeps.ipynb #8be4e207
-HOPELESS = {"WeightsError": "weights are not on this machine", "TrainingError": "diverged"}  # errors that leave a row with a reason; others stop the sweep
+HOPELESS = {"WeightsError": "weights are not on this machine", "TrainingError": "diverged", "DeadKernelError": "killed, or out of memory",
+            "OutOfMemoryError": "out of memory"}  # errors that leave a row with a reason; others stop the sweep
 
 
 @dataclass
@@ -122,34 +125,53 @@ def run_sweep(
     part: str = "val",            # test opens the test part of every run
     only_finished: bool = False,  # start nothing
     echo: Callable[[str], None] | None = None,  # told of every run
+    workers: int | str | None = None,  # as `workers.connect` has them; None: one run after another, here
 ) -> Sweep:
-    "Start what is missing, skip what is finished, and read all of it. RunError where a run fails for another reason than those in HOPELESS."
+    "Start what is missing, skip what is finished, and read all of it. RunError where a run fails for another reason than those in HOPELESS; the others that were out are finished first."
     sweep = Sweep({a: c for a, c in arms.items() if isinstance(c, dict)}, list(seeds), part, missing={a: c for a, c in arms.items() if isinstance(c, str)})
-    lacking = {}  # backbone whose weights are not here, and why: one attempt is enough
-    for seed in sweep.seeds:
-        for arm, changes in sweep.arms.items():
-            given = dict(open_test=part != "val") | recipe | changes | dict(seed=seed)
-            backbone = tuple(given.get(k) for k in ("method", "backbone", "model_size", "pretrained"))
-            folder = planned_folder("train", given, out, batch)
-            if not is_finished(folder) and backbone in lacking:
-                sweep.missing[arm] = lacking[backbone]
-                continue
-            if not is_finished(folder) and (only_finished or arm in sweep.missing):
-                sweep.missing.setdefault(arm, "not run yet")
-                continue
-            if echo and not is_finished(folder):
-                echo(f"{arm}, seed {seed}: {folder.name}")
-            try:
-                sweep.runs[arm, seed] = read_run(execute("train", given, out, batch, echo=None))
-            except RunError as e:
-                if e.kind not in HOPELESS:
-                    raise
-                sweep.missing[arm] = f"{HOPELESS[e.kind]}: {e.reason}"
-                if e.kind == "WeightsError":
-                    lacking[backbone] = sweep.missing[arm]
+    given = {(a, s): dict(open_test=part != "val") | recipe | changes | dict(seed=s) for s in sweep.seeds for a, changes in sweep.arms.items()}  # seed by seed: a comparison is complete early
+    folders = {key: planned_folder("train", g, out, batch) for key, g in given.items()}
+    done = {key for key, f in folders.items() if is_finished(f)}
+    todo = [] if only_finished else [key for key in given if key not in done]
+    if only_finished:
+        sweep.missing |= {a: "not run yet" for a, s in given if (a, s) not in done}
+    done |= _start(sweep, {key: given[key] for key in todo}, {key: folders[key] for key in todo}, out, batch, echo, workers)
+    sweep.runs = {key: read_run(folders[key]) for key in given if key in done}
     if not sweep.of(sweep.control):
         raise ValueError(f"no run of the control, {sweep.control!r}: {sweep.missing.get(sweep.control, 'give it seeds')}")
     return sweep
+
+
+def _start(sweep: Sweep, todo: dict, folders: dict, out, batch, echo, workers) -> set:
+    "Run what is missing, under the eyes of whoever looks on; arms that fail go into `sweep.missing`. Those that were finished."
+    keys, done, broken = list(todo), set(), []
+    names = {key: f"{key[0]}, seed {key[1]}" for key in keys}
+    lacking = {}  # backbone whose weights are not here, and why: one attempt is enough
+    def backbone(key): return tuple(todo[key].get(k) for k in ("method", "backbone", "model_size", "pretrained"))
+
+    def skip(job: Job) -> str | None:
+        key = next(k for k in keys if names[k] == job.label)
+        reason = "stopped" if broken else sweep.missing.get(key[0]) or lacking.get(backbone(key))
+        if echo and not reason:
+            echo(f"{job.label}: {folders[key].name}")
+        return reason
+
+    with connect(workers if keys else None) as client, LiveTable(lambda: {names[k]: folders[k] for k in keys}, echo=None) if keys else nullcontext():
+        for k, ended in run_jobs([Job("train", todo[key], label=names[key]) for key in keys], out, batch, client, skip, echo):
+            arm = keys[k][0]
+            if not isinstance(ended, RunError):
+                done.add(keys[k])
+            elif ended.kind == "Skipped":
+                sweep.missing.setdefault(arm, ended.reason)
+            elif ended.kind in HOPELESS:
+                sweep.missing[arm] = f"{HOPELESS[ended.kind]}: {ended.reason}"
+                if ended.kind == "WeightsError":
+                    lacking[backbone(keys[k])] = sweep.missing[arm]
+            else:
+                broken.append(ended)
+    if broken:
+        raise broken[0]
+    return done
 
 # %% ../nbs/18_sweeps.ipynb #a7f2cdf4
 SHOWN = ("srcc", "plcc", "rmse")
@@ -466,11 +488,11 @@ def is_current(
     folder: str | Path,  # of an experiment
     runs: str | Path | None = None,  # the folder of its inputs; None: beside it
 ) -> bool:
-    "Whether an experiment is finished and stands on inputs that are all still what they were, with nothing missing that could be there by now (runs, weights)."
+    "Whether an experiment is finished and stands on inputs that are all still what they were, with nothing missing that could be there by now (runs, weights, memory)."
     folder = Path(folder)
     if not is_finished(folder):
         return False
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     where = Path(runs) if runs else folder.parent
-    whole = not any(str(m).endswith("not run yet") or HOPELESS["WeightsError"] in str(m) for m in record.get("missing", []))
+    whole = not any(str(m).endswith("not run yet") or any(HOPELESS[k] in str(m) for k in HOPELESS if k != "TrainingError") for m in record.get("missing", []))
     return whole and all(is_finished(where / name) and run_digest(where / name) == digest for name, digest in record.get("inputs", {}).items())
