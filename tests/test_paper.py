@@ -193,7 +193,7 @@ def test_the_log(first, batch):
 def test_an_unfinished_run_shows_its_state(first, batch):
     """The run that diverged and the one without weights, if its folder was opened, are in the log as what they are."""
     log = list_runs(batch[0], "batch == 'sweep'", every=True)
-    assert log.state[log.lr == EXPLODES["lr"]].tolist() == ["unfinished"] and (log.state[log.lr != EXPLODES["lr"]] == "finished").sum() == 2
+    assert log.state[log.lr == EXPLODES["lr"]].tolist() == ["failed"] and (log.state[log.lr != EXPLODES["lr"]] == "finished").sum() == 2
 
 
 @pytest.mark.slow

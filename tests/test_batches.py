@@ -1,0 +1,290 @@
+"""Whole batches in real processes, of which some are killed, starved or misled: afterwards every run is finished once, and its numbers are those of an undisturbed batch."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from smart_iqa.records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, is_finished, is_held, list_runs, run_state
+from smart_iqa.runs import RunError, execute
+from smart_iqa.sweeps import run_sweep
+from smart_iqa.workers import Job, connect, finish, run_jobs
+
+pytest.importorskip("distributed", reason="needs Dask distributed: pip install 'smart-iqa[batch]'")
+CLI = [sys.executable, "-c", "import sys; from smart_iqa.cli import main; sys.exit(main())"]
+OWN = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+
+
+def recipe(root, **more):
+    """What every run of a batch is: seconds of training, a resume point after every step."""
+    return dict(dataset="csv", root=str(root), labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64, crop=64, train_crops=1, val_crops=2,
+                test_crops=2, epochs=4, batch_size=8, lr=1e-3, head_lr_ratio=1.0, weight_decay=0.01, patience=0, amp="off", device="cpu", group_duplicates=False, start_at_mean=True,
+                loss="smooth_l1", checkpoint_minutes=0, threads=1, baseline=False) | more
+
+
+def study(root, out, seeds="0,1", workers=2, log=None, env=None):
+    """The command of a batch: two arms, some seeds, two workers."""
+    words = ["run", "study", f"control={json.dumps(recipe(root))}", 'arms={"l2": {"loss": "l2"}}', f"seeds={seeds}", f"workers={workers}", f"out={out}"]
+    return subprocess.Popen([*CLI, *words], env=OWN | (env or {}), stdout=log or subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
+
+def results(out):
+    """All that a batch has found out, without what no two batches share: seconds and times."""
+    runs = {f.parent.name: f.parent for f in sorted(Path(out).glob("study/*/record.json"))}
+    found = {}
+    for name, folder in runs.items():
+        record = json.loads((folder / "record.json").read_text())
+        history = pd.read_json(folder / "metrics.jsonl", lines=True) if (folder / "metrics.jsonl").exists() else pd.DataFrame()
+        table = (folder / "predictions.csv").read_text() if (folder / "predictions.csv").exists() else ""
+        found[name] = ({k: v for k, v in record.items() if k != "seconds"}, history.drop(columns=["seconds", "val_seconds"], errors="ignore").to_csv(), table)
+    return found
+
+
+@pytest.fixture(scope="session")
+def undisturbed(standin, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert study(standin, out, workers=2).wait(timeout=600) == 0
+    assert len(results(out)) == 5  # two arms, two seeds, and the study itself
+    return results(out)
+
+
+def check(out, expected):
+    assert results(out) == expected
+    left = [str(p.relative_to(out)) for p in Path(out).rglob("*") if p.name.endswith(".tmp") or p.name in ("failure.json", "progress.json", "resume.pt")]
+    assert not left and not any(is_held(f) for f in Path(out).glob("study/*"))
+
+
+def victims(driver):
+    """The processes of a batch by what they are."""
+    found = dict(driver=[driver.pid], kernel=[], worker=[])
+    try:
+        for p in psutil.Process(driver.pid).children(recursive=True):
+            line = " ".join(p.cmdline())
+            found["kernel"] += [p.pid] if "ipykernel" in line else []
+            found["worker"] += [p.pid] if "multiprocessing.spawn" in line and "spawn_main" in line else []
+    except psutil.NoSuchProcess:
+        pass
+    return found
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def gone(pids, within=20):
+    """Wait until processes have ended: nothing may outlive its parent for long."""
+    until = time.monotonic() + within
+    while alive := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < until, f"processes outlive their parent: {[psutil.Process(p).cmdline() for p in alive]}"
+        time.sleep(0.2)
+
+
+def chaos(root, out, seed, kills, log):
+    """Kill processes of a batch at random moments, starting it again where it ends, until it has finished."""
+    rng, driver, starts = random.Random(seed), study(root, out, log=log), 1
+    until = time.monotonic() + 900
+    while driver.poll() is None or driver.returncode != 0:
+        assert time.monotonic() < until and starts < 15, "the batch does not end"
+        if driver.poll() is not None:
+            print(f"{time.strftime('%X')} ended with {driver.returncode}: started again", file=log, flush=True)
+            driver, starts = study(root, out, log=log), starts + 1
+        if not kills:
+            driver.wait(timeout=600)
+            continue
+        time.sleep(rng.uniform(4, 14))
+        there = victims(driver)
+        kind = rng.choice([k for k in ("driver", "kernel", "kernel", "worker") if there[k]])
+        everybody = [p for pids in there.values() for p in pids]
+        kill(rng.choice(there[kind]))
+        kills -= 1
+        print(f"{time.strftime('%X')} kill -9 of a {kind}; {[f.name for f in Path(out).glob('study/*') if is_finished(f)]} were finished", file=log, flush=True)
+        if kind == "driver":
+            driver.wait()
+            gone(everybody)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 6))])
+def test_random_kills(standin, tmp_path, undisturbed, seed):
+    """kill -9 of kernels, workers and the driver at random moments, three times a batch."""
+    with open(tmp_path / "log.txt", "w") as log:
+        chaos(standin, tmp_path / "out", seed, 3, log)
+    print((tmp_path / "log.txt").read_text())
+    check(tmp_path / "out", undisturbed)
+
+
+@contextmanager
+def dask(*words):
+    p = subprocess.Popen([sys.executable, "-m", "dask", *map(str, words)], env=OWN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield p
+    finally:
+        for child in psutil.Process(p.pid).children(recursive=True) if p.poll() is None else ():
+            kill(child.pid)
+        kill(p.pid)
+        p.wait()
+
+
+def until_true(condition, within=120):
+    end = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.3)
+
+
+def test_scheduler_killed_and_workers_late(standin, tmp_path, undisturbed):
+    """A scheduler of its own: workers join after the batch has begun; it is killed, started anew, and the same command goes on."""
+    file, out = tmp_path / "scheduler.json", tmp_path / "out"
+    with open(tmp_path / "log.txt", "w+") as log:
+        with dask("scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", file) as scheduler:
+            until_true(file.exists)
+            driver = study(standin, out, workers=file, log=log)
+            time.sleep(8)
+            assert driver.poll() is None and not list(out.glob("study/*/record.json"))  # it waits for workers
+            with dask("worker", "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--scheduler-file", file):
+                until_true(lambda: list(out.glob("study/*/resume.pt")) or list(out.glob("study/*/record.json")))
+                kill(scheduler.pid)
+                assert driver.wait(timeout=180) == 1
+        log.seek(0)
+        assert "the scheduler has gone" in log.read()
+        file.unlink()
+        with dask("scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", file):
+            until_true(file.exists)
+            driver = study(standin, out, workers=file, log=log)
+            with dask("worker", "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--scheduler-file", file), \
+                 dask("worker", "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--scheduler-file", file):
+                assert driver.wait(timeout=300) == 0
+    check(out, undisturbed)
+
+
+def test_two_batches_at_once(standin, tmp_path, undisturbed):
+    """Both end well, and no run is made twice."""
+    both = [study(standin, tmp_path / "out", workers=w) for w in (2, "null")]
+    assert [p.wait(timeout=600) for p in both] == [0, 0]
+    check(tmp_path / "out", undisturbed)
+    for folder in (tmp_path / "out" / "study").glob("*"):
+        assert "resumed" not in json.loads((folder / "environment.json").read_text())
+
+
+NOTE = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+
+
+def small_notebook(path, *cells):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells], metadata=NOTE)
+    nb.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, path)
+    return str(path)
+
+
+def test_every_run_starts_once(tmp_path):
+    """Three drivers want the same six runs: each is executed by one of them."""
+    diary = tmp_path / "diary"
+    nb = small_notebook(tmp_path / "n.ipynb", "n = 0\nfolder = None", f"import time\nwith open({str(diary)!r}, 'a') as f: f.write(f'{{n}}\\n')\ntime.sleep(1)",
+                        "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    code = f"from smart_iqa.workers import *\nprint(len(finish({{n: Job({nb!r}, dict(n=n)) for n in range(6)}}, {str(tmp_path / 'out')!r})))"
+    drivers = [subprocess.Popen([sys.executable, "-c", code], env=OWN, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [p.communicate(timeout=300)[0].strip() for p in drivers] == ["6"] * 3
+    assert sorted(diary.read_text().split()) == list("012345")
+
+
+def test_stale_locks(tmp_path):
+    """Lock files that a dead process left hold nothing, whatever stands in them."""
+    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    from smart_iqa.runs import planned_folder
+
+    folder = planned_folder(nb, {}, tmp_path)
+    folder.mkdir(parents=True)
+    for name in (RUN_LOCK, KERNEL_LOCK, FIT_LOCK):
+        (folder / name).write_text("4194304\nanother-host\n")
+    (folder / "failure.json").write_text("{")  # torn
+    (folder / ".record.json.123.tmp").write_text("{")
+    assert run_state(folder)["state"] == "waiting"
+    assert execute(nb, {}, tmp_path, echo=None) == folder and not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+
+
+def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
+    """NaN stops one arm with epoch, step and rates; its folder says so; the others are finished."""
+    given = recipe(standin, epochs=1, seed=0)
+    arms = {"control": {}, "explodes": dict(lr=1e30, clip=0.0, schedule="constant"), "l2": dict(loss="l2")}
+    sweep = run_sweep(arms, {k: v for k, v in given.items() if k != "seed"}, [0, 1], tmp_path, "sweep", workers=2)
+    assert sorted(sweep.runs) == [("control", 0), ("control", 1), ("l2", 0), ("l2", 1)] and list(sweep.missing) == ["explodes"]
+    assert re.search(r"diverged: .*epoch 1.*lr \(now 1e\+30", sweep.missing["explodes"])
+    log = list_runs(tmp_path, "state == 'failed'", every=True)
+    assert len(log) and set(log.lr) == {1e30}
+    failed = json.loads((tmp_path / "sweep" / log.run[0] / "failure.json").read_text())
+    assert failed["kind"] == "TrainingError" and "epoch 1" in failed["reason"] and (tmp_path / "sweep" / log.run[0] / failed["configuration"]).exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own size, and a function that changes it."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(where)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    def remount(how): subprocess.run(["mount", "-o", f"remount,{how}", str(where)], check=True)
+    yield where, remount
+    subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def test_disk_full_and_read_only(standin, tmp_path, small_disk, undisturbed):
+    """A full disk is an error that says so, leaves no half file, and the same call goes on when there is room; a disk that may only be read is another."""
+    disk, remount = small_disk
+    jobs = {s: Job("train", recipe(standin, open_test=False, seed=s), f"control-s{s}") for s in (0, 1)}
+    with pytest.raises(RunError, match=r"(?i)no space left on device"):
+        finish(jobs, disk, "study")
+    for folder in (disk / "study").glob("*"):
+        assert not is_finished(folder) and not [p for p in folder.iterdir() if p.suffix == ".tmp"]
+        for p in folder.glob("*.json"):
+            json.loads(p.read_text())
+    remount("size=200m")
+    folders = finish(jobs, disk, "study")
+    assert {k: v for k, v in results(disk).items()} == {k: v for k, v in undisturbed.items() if k.startswith("control")}
+    remount("ro")
+    assert finish(jobs, disk, "study") == folders  # what is finished can be read
+    with pytest.raises(RunError, match=r"(?i)read-only file system.*the same command goes on"):
+        finish({0: Job("train", recipe(standin, seed=9))}, disk, "study")
+
+
+FAKETIME = next((p for p in (Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"), Path("/usr/lib/faketime/libfaketimeMT.so.1"), Path("/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1"))
+                 if p.exists()), None)
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (Debian: faketime)")
+def test_a_clock_that_jumps(standin, tmp_path, undisturbed):
+    """Days forwards and backwards while a batch runs: it ends, with the same numbers and no negative or endless times."""
+    clock, out = tmp_path / "clock", tmp_path / "out"
+    clock.write_text("+0")
+    driver = study(standin, out, env=dict(LD_PRELOAD=str(FAKETIME), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1", FAKETIME_DONT_FAKE_MONOTONIC="1"))
+    jumps = 0
+    while driver.poll() is None:
+        clock.write_text(random.Random(jumps).choice(["+2d", "-2d", "+1h", "-400d", "+0"]))
+        jumps += 1
+        time.sleep(1.5)
+    assert driver.returncode == 0 and jumps > 5
+    check(out, undisturbed)
+    for f in out.glob("study/*/metrics.jsonl"):
+        assert pd.read_json(f, lines=True).seconds.between(0, 600).all()
+
+
+def test_workers_of_another_version(tmp_path, monkeypatch):
+    """A worker that would compute with other code refuses."""
+    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    monkeypatch.setattr("smart_iqa.workers.code_digest", lambda: "other")
+    with connect(1) as client:
+        (_, ended), = run_jobs([Job(nb, {})], tmp_path, client=client)
+    assert isinstance(ended, RunError) and "another version" in str(ended)
