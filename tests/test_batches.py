@@ -33,7 +33,7 @@ def recipe(root, **more):
 
 def study(root, out, seeds="0,1", workers=2, log=None, env=None):
     """The command of a batch: two arms, some seeds, two workers."""
-    words = ["run", "study", f"control={json.dumps(recipe(root))}", 'arms={"l2": {"loss": "l2"}}', f"seeds={seeds}", f"workers={workers}", f"out={out}"]
+    words = ["run", "study", f"control={json.dumps(recipe(root))}", 'arms={"l2": {"loss": "l2"}}', f"seeds={seeds}", f"workers={workers}", f"out={out}", "batch=study"]
     return subprocess.Popen([*CLI, *words], env=OWN | (env or {}), stdout=log or subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
