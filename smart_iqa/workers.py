@@ -26,6 +26,9 @@ from .records import Busy, code_digest, is_finished, run_state
 from .runs import RunError, execute, planned_folder
 
 # %% ../nbs/17_workers.ipynb #a2a816e9
+ATTEMPTS = 3  # at starting workers, and at a run whose kernel dies
+
+
 def _distributed():
     "Dask's scheduler and client. RuntimeError where they are not installed."
     try:
@@ -55,7 +58,12 @@ def _local(n: int):
         return dict(cls=distributed.Nanny, options=dict(nthreads=1, memory_limit=0, env=own, silence_logs=logging.CRITICAL))
 
     scheduler = dict(cls=distributed.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False))
-    return distributed.SpecCluster(workers={k: worker(k) for k in range(n)}, scheduler=scheduler, silence_logs="CRITICAL")
+    for attempt in range(ATTEMPTS):
+        try:
+            return distributed.SpecCluster(workers={k: worker(k) for k in range(n)}, scheduler=scheduler, silence_logs="CRITICAL")
+        except RuntimeError as e:  # a worker that was killed before it had begun
+            if attempt == ATTEMPTS - 1:
+                raise RuntimeError(f"no workers could be started ({e}): the same command goes on") from None
 
 
 @contextmanager
@@ -162,9 +170,6 @@ class _Many:
     def drop(self):
         with suppress(Exception):  # the scheduler may be gone
             self.client.cancel(list(self.flying))
-
-
-ATTEMPTS = 3  # at a run whose kernel dies
 
 
 def run_jobs(

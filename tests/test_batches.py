@@ -45,6 +45,9 @@ def results(out):
         record = json.loads((folder / "record.json").read_text())
         history = pd.read_json(folder / "metrics.jsonl", lines=True) if (folder / "metrics.jsonl").exists() else pd.DataFrame()
         table = (folder / "predictions.csv").read_text() if (folder / "predictions.csv").exists() else ""
+        for part in record.get("parts", {}).values():  # functions of the predictions, which are compared themselves; a logistic with 4 parameters through 8 pictures is not one curve
+            for k in ("plcc_fitted", "rmse_fitted", "fit"):
+                part.pop(k, None)
         found[name] = ({k: v for k, v in record.items() if k != "seconds"}, history.drop(columns=["seconds", "val_seconds"], errors="ignore").to_csv(), table)
     return found
 
