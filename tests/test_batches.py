@@ -1,4 +1,7 @@
-"""Whole batches in real processes, of which some are killed, starved or misled: afterwards every run is finished once, and its numbers are those of an undisturbed batch."""
+"""Whole batches in real processes, of which some are killed, starved or misled.
+
+Afterwards every run is finished once, and its numbers are those of an undisturbed batch.
+"""
 import json
 import os
 import random
@@ -26,14 +29,15 @@ OWN = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path
 
 def recipe(root, **more):
     """What every run of a batch is: seconds of training, a resume point after every step."""
-    return dict(dataset="csv", root=str(root), labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64, crop=64, train_crops=1, val_crops=2,
-                test_crops=2, epochs=4, batch_size=8, lr=1e-3, head_lr_ratio=1.0, weight_decay=0.01, patience=0, amp="off", device="cpu", group_duplicates=False, start_at_mean=True,
-                loss="smooth_l1", checkpoint_minutes=0, threads=1, baseline=False) | more
+    return dict(dataset="csv", root=str(root), labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64, crop=64,
+                train_crops=1, val_crops=2, test_crops=2, epochs=4, batch_size=8, lr=1e-3, head_lr_ratio=1.0, weight_decay=0.01, patience=0, amp="off",
+                device="cpu", group_duplicates=False, start_at_mean=True, loss="smooth_l1", checkpoint_minutes=0, threads=1, baseline=False) | more
 
 
 def study(root, out, seeds="0,1", workers=2, log=None, env=None):
     """The command of a batch: two arms, some seeds, two workers."""
-    words = ["run", "study", f"control={json.dumps(recipe(root))}", 'arms={"l2": {"loss": "l2"}}', f"seeds={seeds}", f"workers={workers}", f"out={out}", "batch=study"]
+    words = ["run", "study", f"control={json.dumps(recipe(root))}", 'arms={"l2": {"loss": "l2"}}', f"seeds={seeds}", f"workers={workers}", f"out={out}",
+             "batch=study"]
     return subprocess.Popen([*CLI, *words], env=OWN | (env or {}), stdout=log or subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
@@ -45,7 +49,7 @@ def results(out):
         record = json.loads((folder / "record.json").read_text())
         history = pd.read_json(folder / "metrics.jsonl", lines=True) if (folder / "metrics.jsonl").exists() else pd.DataFrame()
         table = (folder / "predictions.csv").read_text() if (folder / "predictions.csv").exists() else ""
-        for part in record.get("parts", {}).values():  # functions of the predictions, which are compared themselves; a logistic with 4 parameters through 8 pictures is not one curve
+        for part in record.get("parts", {}).values():  # of the predictions, which are compared too; four parameters through 8 pictures are not one curve
             for k in ("plcc_fitted", "rmse_fitted", "fit"):
                 part.pop(k, None)
         found[name] = ({k: v for k, v in record.items() if k != "seconds"}, history.drop(columns=["seconds", "val_seconds"], errors="ignore").to_csv(), table)
@@ -263,7 +267,7 @@ def test_disk_full_and_read_only(standin, tmp_path, small_disk, undisturbed):
         finish({0: Job("train", recipe(standin, seed=9))}, disk, "study")
 
 
-FAKETIME = next((p for p in (Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"), Path("/usr/lib/faketime/libfaketimeMT.so.1"), Path("/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1"))
+FAKETIME = next((p for p in (Path("/usr/lib", *there, "faketime", "libfaketimeMT.so.1") for there in (["x86_64-linux-gnu"], ["aarch64-linux-gnu"], []))
                  if p.exists()), None)
 
 
@@ -272,7 +276,8 @@ def test_a_clock_that_jumps(standin, tmp_path, undisturbed):
     """Days forwards and backwards while a batch runs: it ends, with the same numbers and no negative or endless times."""
     clock, out = tmp_path / "clock", tmp_path / "out"
     clock.write_text("+0")
-    driver = study(standin, out, env=dict(LD_PRELOAD=str(FAKETIME), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1", FAKETIME_DONT_FAKE_MONOTONIC="1"))
+    driver = study(standin, out, env=dict(LD_PRELOAD=str(FAKETIME), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1",
+                                          FAKETIME_DONT_FAKE_MONOTONIC="1"))
     jumps = 0
     while driver.poll() is None:
         clock.write_text(random.Random(jumps).choice(["+2d", "-2d", "+1h", "-400d", "+0"]))

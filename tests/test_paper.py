@@ -101,7 +101,7 @@ def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
 def report(batch):
     out, given = batch
     said = []
-    folder, failed = run_paper("demo", out, only="ranking,architecture", seeds="0", echo=said.append, workers=2, **given)  # elsewhere without: the tables are the same
+    folder, failed = run_paper("demo", out, only="ranking,architecture", seeds="0", echo=said.append, workers=2, **given)  # below without
     return folder, failed, [s for s in said if ":" in s]
 
 
