@@ -110,7 +110,9 @@ def chaos(root, out, seed, kills, log):
         if not kills:
             driver.wait(timeout=600)
             continue
-        time.sleep(rng.uniform(4, 14))
+        while driver.poll() is None and len(victims(driver)["kernel"]) < 2:  # the study's own kernel, and that of a run
+            time.sleep(0.2)
+        time.sleep(rng.uniform(0, 8))
         there = victims(driver)
         kind = rng.choice([k for k in ("driver", "kernel", "kernel", "worker") if there[k]])
         everybody = [p for pids in there.values() for p in pids]
