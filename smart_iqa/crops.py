@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_positions', 'Plan', 'random_plan', 'grid_plan',
-           'crop_batches', 'normalise', 'jitter']
+           'share', 'crop_batches', 'normalise', 'jitter']
 
 # %% ../nbs/06_crops.ipynb #0799be53
 import json
@@ -164,6 +164,9 @@ class Plan:
     def __len__(self) -> int:
         return len(self.row)
 
+    def part(self, which: slice) -> "Plan":
+        return Plan(self.row[which], self.top[which], self.left[which], self.flip[which])
+
 
 def random_plan(
     sizes: np.ndarray,  # (N, 2) height, width of the cached pictures
@@ -194,11 +197,21 @@ def grid_plan(
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB on 0-1
 
 
-class _Batches(Dataset):
-    "Item k is the k-th batch of a plan: uint8 (B, 3, crop, crop) and its picture rows (B,)."
+def share(
+    n: int,          # rows of a batch, or pictures of a part
+    rank: int = 0,   # of this process
+    world: int = 1,  # processes
+) -> slice:
+    "What one of several processes takes of n things: parts in order, of equal size within one. Where nothing is left for it, the first thing once more."
+    start, stop = rank * n // world, (rank + 1) * n // world
+    return slice(start, stop) if stop > start else slice(0, 1)
 
-    def __init__(self, cache: PixelCache, plan: Plan, crop: int, batch_size: int, first: int):
-        self.cache, self.plan, self.crop, self.batch_size, self.first = cache, plan, crop, batch_size, first
+
+class _Batches(Dataset):
+    "Item k is the k-th batch of a plan, or a process's share of it: uint8 (B, 3, crop, crop), and the picture rows of the whole batch."
+
+    def __init__(self, cache: PixelCache, plan: Plan, crop: int, batch_size: int, first: int, rank: int, world: int):
+        self.cache, self.plan, self.crop, self.batch_size, self.first, self.rank, self.world = cache, plan, crop, batch_size, first, rank, world
 
     def __len__(self) -> int:
         return -(-len(self.plan) // self.batch_size) - self.first
@@ -206,14 +219,15 @@ class _Batches(Dataset):
     def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= k < len(self):
             raise IndexError(k)
-        part, c, p = slice((k + self.first) * self.batch_size, (k + self.first + 1) * self.batch_size), self.crop, self.plan
-        out = np.empty((len(p.row[part]), c, c, 3), np.uint8)
-        for i, (row, y, x) in enumerate(zip(p.row[part], p.top[part], p.left[part])):
+        c, p = self.crop, self.plan.part(slice((k + self.first) * self.batch_size, (k + self.first + 1) * self.batch_size))
+        own = p.part(share(len(p), self.rank, self.world))
+        out = np.empty((len(own), c, c, 3), np.uint8)
+        for i, (row, y, x) in enumerate(zip(own.row, own.top, own.left)):
             out[i] = self.cache[row][y : y + c, x : x + c]
         crops = torch.from_numpy(out).permute(0, 3, 1, 2)
-        for i in np.flatnonzero(p.flip[part]):  # faster than copying a NumPy view with a negative step
+        for i in np.flatnonzero(own.flip):  # faster than copying a NumPy view with a negative step
             crops[i] = crops[i].flip(2)
-        return crops, torch.from_numpy(p.row[part])
+        return crops, torch.from_numpy(p.row)
 
 
 def crop_batches(
@@ -222,10 +236,11 @@ def crop_batches(
     batch_size: int,
     workers: int = 0,  # processes; the crops are the same with any number
     first: int = 0,    # start at this batch, when a killed epoch goes on
+    rank: int = 0, world: int = 1,  # of several processes that share every batch, as `share` says
 ) -> DataLoader:
-    "Batches of a plan: uint8 crops (B, 3, crop, crop) and picture rows (B,). The last batch may be smaller."
+    "Batches of a plan: uint8 crops (B, 3, crop, crop) and picture rows (B,). The last batch may be smaller. One of several processes gets the crops of its share, and all rows."
     own = torch.Generator()  # else every loader draws from the global generator, and a resumed run differs from a whole one
-    return DataLoader(_Batches(cache, plan, crop, batch_size, first), batch_size=None, num_workers=workers, generator=own)
+    return DataLoader(_Batches(cache, plan, crop, batch_size, first, rank, world), batch_size=None, num_workers=workers, generator=own)
 
 # %% ../nbs/06_crops.ipynb #6fc09514
 def normalise(

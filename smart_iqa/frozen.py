@@ -13,13 +13,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from .config import Config, cache_dir, fingerprint, track, use_bf16
-from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_plan
+from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_plan, share
 from .metrics import srcc
 from .solver import CropFeed, make_model
 
@@ -47,7 +48,9 @@ def compute_features(
     bf16 = use_bf16(cfg.amp, device)
     crops = hashlib.blake2b(np.stack([plan.row, plan.top, plan.left, plan.flip]).tobytes(), digest_size=8).hexdigest()
     path = cache_dir(cfg.cache) / f"features-{fingerprint([kind, cache.path.name, weights_digest(model), crops, cfg.crop, bf16], 16)}.npy"
-    if not path.exists():
+    with FileLock(path.with_suffix(".lock")):  # who comes second waits, and finds the file
+        if path.exists():
+            return np.load(path, mmap_mode="r")
         model.eval()
         temporary, out, at = path.with_suffix(f".{os.getpid()}.tmp"), None, 0
         batches = crop_batches(cache, plan, cfg.crop, cfg.batch_size, cfg.workers)
@@ -93,14 +96,14 @@ class FrozenFeed(CropFeed):
         parts = flat.split([s.numel() for s in self.shapes], 1)
         return [p.reshape(len(p), *s) for p, s in zip(parts, self.shapes)]
 
-    def train_batches(self, epoch: int, first: int = 0):
+    def train_batches(self, epoch: int, first: int = 0, rank: int = 0, world: int = 1):
         order, size = np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.plan)), self.cfg.batch_size
         for k in range(first, len(self)):
             part = np.sort(order[k * size : (k + 1) * size])  # sorted: the file is read forwards
-            yield self._tensors(self.features[part]), torch.from_numpy(self.plan.row[part])
+            yield self._tensors(self.features[part[share(len(part), rank, world)]]), torch.from_numpy(self.plan.row[part])
 
-    def test_batches(self, rows: np.ndarray, n_crops: int):
-        features = self._features(self.test_plan(rows, n_crops))
+    def test_batches(self, rows: np.ndarray, n_crops: int, rank: int = 0, world: int = 1):
+        features = self._features(self.own_plan(rows, n_crops, rank, world))
         for k in range(0, len(features), self.cfg.batch_size):
             yield self._tensors(np.asarray(features[k : k + self.cfg.batch_size]))
 

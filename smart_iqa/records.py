@@ -6,8 +6,8 @@
 __all__ = ['PACKAGES', 'MIN_SCENES', 'PART_NAMES', 'Cells', 'RUN_LOCK', 'KERNEL_LOCK', 'FIT_LOCK', 'LOG', 'write_whole',
            'write_json', 'write_lines', 'append_line', 'read_lines', 'code_commit', 'environment', 'code_digest',
            'resampling_of', 'part_of', 'summarise', 'compare_arms', 'seen_before', 'cross_cells', 'compare_cells',
-           'is_finished', 'run_folder', 'open_run', 'read_run', 'run_digest', 'Busy', 'hold', 'hold_here', 'is_held',
-           'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run']
+           'is_finished', 'run_folder', 'note_environment', 'open_run', 'read_run', 'run_digest', 'Busy', 'hold',
+           'hold_here', 'is_held', 'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
 import hashlib
@@ -318,6 +318,21 @@ def _write_environment(folder: Path, now: dict):
             print(f"going on under changed {', '.join(changed)}: recorded in environment.json")
             before["resumed"] = [*before.get("resumed", []), changed]
     write_json(path, before or now | dict(started=time.strftime("%Y-%m-%dT%H:%M:%S%z")))
+
+
+def note_environment(
+    folder: Path,
+    add: bool = True,  # False: only change what was told before
+    **facts,           # plain values; None: does not hold
+):
+    "Add to what a run runs on something that only its training knows; where a resumed run changes it, the first is kept and the change added."
+    path = folder / "environment.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    last = told | {k: v for change in told.get("resumed", []) for k, v in change.items()}
+    new = {k: v for k, v in facts.items() if add and k not in last and v is not None}
+    changed = {k: v for k, v in facts.items() if k in last and last[k] != v}
+    if new or changed:
+        write_json(path, told | new | ({"resumed": [*told.get("resumed", []), changed]} if changed else {}))
 
 
 def open_run(folder: Path, cfg: Config, found: ImageSet) -> Path:

@@ -19,11 +19,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from .backbones import fold_batchnorm
 from .config import Config, keep_memory, pick_device, seed_everything, track, use_bf16
-from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan
+from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan, share
+from .devices import Devices, learning_norms
 from .losses import get_loss
 from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
-from .records import append_line, read_lines, write_lines
+from .records import append_line, note_environment, read_lines, write_lines
 
 # %% ../nbs/13_solver.ipynb #98d5a591
 def learning_rates(
@@ -76,11 +77,11 @@ class CropFeed:
     def __len__(self) -> int:  # batches an epoch
         return -(-len(_rows(self.table, "train")) * self.cfg.train_crops // self.cfg.batch_size)
 
-    def train_batches(self, epoch: int, first: int = 0):
-        "Inputs and table rows of one epoch from batch `first` on."
+    def train_batches(self, epoch: int, first: int = 0, rank: int = 0, world: int = 1):
+        "Inputs and table rows of one epoch from batch `first` on; for one of several processes the inputs of its share, and all rows."
         c = self.cfg
         plan = random_plan(self.cache.sizes, _rows(self.table, "train"), c.crop, c.train_crops, (c.seed, epoch), c.flip)
-        for crops, rows in crop_batches(self.cache, plan, c.crop, c.batch_size, c.workers, first):
+        for crops, rows in crop_batches(self.cache, plan, c.crop, c.batch_size, c.workers, first, rank, world):
             yield normalise(jitter(crops, c.color_jitter), self.device), rows
 
     def test_plan(self, rows: np.ndarray, n_crops: int) -> Plan:
@@ -90,10 +91,16 @@ class CropFeed:
             return random_plan(sizes, rows, c.crop, n_crops, (c.seed, 10**6), flip=False, shuffle=False)
         return grid_plan(sizes, rows, c.crop, 1 if c.test_positions == "center" else n_crops)
 
-    def test_batches(self, rows: np.ndarray, n_crops: int):
-        "Inputs of some pictures, n_crops in a row for each."
+    def own_plan(self, rows: np.ndarray, n_crops: int, rank: int, world: int) -> Plan:
+        "The part of `test_plan` with the pictures of one of several processes."
+        plan, own = self.test_plan(rows, n_crops), share(len(rows), rank, world)
+        each = len(plan) // max(1, len(rows))
+        return plan.part(slice(each * own.start, each * own.stop))
+
+    def test_batches(self, rows: np.ndarray, n_crops: int, rank: int = 0, world: int = 1):
+        "Inputs of some pictures, n_crops in a row for each; for one of several processes, of its share of the pictures."
         c = self.cfg
-        for crops, _ in crop_batches(self.cache, self.test_plan(rows, n_crops), c.crop, c.batch_size, c.workers):
+        for crops, _ in crop_batches(self.cache, self.own_plan(rows, n_crops, rank, world), c.crop, c.batch_size, c.workers):
             yield normalise(crops, self.device)
 
     def scorer(self, model: nn.Module) -> nn.Module:
@@ -112,18 +119,23 @@ def predict(
     split: str,         # "train", "val" or "test"
     n_crops: int,       # crops a picture
     progress: bool = False,
+    devices: Devices | None = None,  # several processes share the pictures, and all get the whole table
 ) -> pd.DataFrame:      # the table's rows with pred, pred_std, a1 ... a4
     "Score every picture of a part. `pred_std` is the standard deviation over its crops (0-100), NaN for one crop."
-    model = feed.scorer(model.eval())
+    model, devices = feed.scorer(model.eval()), devices or Devices()
     rows = _rows(feed.table, split)
+    own = rows[devices.share(len(rows))]
     scores, attention = [], []
-    n_batches = -(-len(rows) * n_crops // feed.cfg.batch_size)
-    for inputs in track(feed.test_batches(rows, n_crops), n_batches, f"scoring {split}", progress):
+    n_batches = -(-len(own) * n_crops // feed.cfg.batch_size)
+    for inputs in track(feed.test_batches(rows, n_crops, devices.rank, devices.world), n_batches, f"scoring {split}", progress):
         scores.append(feed.score(model, inputs).float().cpu().numpy())
         if model.last_attention_weights is not None:
             attention.append(model.last_attention_weights.float().cpu().numpy())
-    s = np.concatenate(scores).astype(np.float64).reshape(len(rows), -1)             # (pictures, crops)
-    a = np.concatenate(attention).reshape(len(rows), s.shape[1], 4).mean(1) if attention else np.full((len(rows), 4), np.nan)
+    s = np.concatenate(scores).astype(np.float64).reshape(len(own), -1)              # (pictures, crops)
+    a = np.concatenate(attention).reshape(len(own), s.shape[1], 4).mean(1) if attention else np.full((len(own), 4), np.nan)
+    s, a, scored = (devices.gather(x, len(rows)) for x in (s, a, own))
+    if not np.array_equal(scored, rows):
+        raise RuntimeError(f"{split}: {len(scored)} pictures were scored in {devices.world} processes, and not each of the {len(rows)} once and in order: this is a defect, please report it")
     spread = s.std(1, ddof=1) if s.shape[1] > 1 else np.full(len(s), np.nan)
     columns = dict(pred=s.mean(1), pred_std=spread, **{f"a{k + 1}": a[:, k] for k in range(4)})
     return feed.table.iloc[rows].reset_index(drop=True).assign(**columns)
@@ -153,9 +165,20 @@ class TrainingError(RuntimeError):
     "Training cannot go on; the message names the epoch, the step and the setting to change."
 
 
+class _Scored(nn.Module):
+    "The model as a feed scores with it, in the form that is wrapped for several processes."
+
+    def __init__(self, model: nn.Module, feed):
+        super().__init__()
+        self.model, self.feed = model, feed
+
+    def forward(self, inputs) -> torch.Tensor:
+        return self.feed.score(self.model, inputs)
+
+
 def _random_state() -> dict:
     state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})  # of the process's own device
 
 
 def _set_random_state(state: dict):
@@ -175,9 +198,16 @@ class Solver:
         folder: str | Path,     # of the run; made by records.open_run
         on_epoch=None,          # called with the history frame after each epoch, e.g. to redraw a table
         progress: bool = False,
+        devices: Devices | None = None,  # several processes, each with a solver of its own; None: this one
     ):
-        self.model, self.feed, self.cfg, self.folder = model, feed, cfg, Path(folder)
+        self.model, self.feed, self.cfg, self.folder, self.devices = model, feed, cfg, Path(folder), devices or Devices()
         self.on_epoch, self.progress = on_epoch, progress
+        self.scored, self.norms = _Scored(model, feed), 0
+        if self.devices.world > 1:
+            if cfg.frozen:
+                model.backbone.requires_grad_(False)  # nobody waits for its gradients
+            self.norms = learning_norms(model, cfg.frozen)
+            self.scored = self.devices.prepare(self.scored, norms=self.norms > 0)
         self.loss = get_loss(cfg.loss, cfg.alpha, cfg.margin, legacy=cfg.legacy_losses)
         self.optimizer = make_optimizer(model, cfg)
         self.steps_per_epoch = -(-len(feed) // cfg.accumulate)
@@ -187,17 +217,25 @@ class Solver:
         self.stds = torch.tensor(table["std"].to_numpy(np.float32), device=device)
         self.history: list[dict] = []
         self.at = dict(epoch=0, batch=0, loss=0.0, seconds=0.0, best=-math.inf, best_epoch=0)
-        self.saved = time.time()
+        self.saved = time.monotonic()
 
     # -- resume ---------------------------------------------------------------------------------------------------
     def save(self):
-        "Write a resume point, whole or not at all."
+        "Write a resume point, whole or not at all. Every process comes here, and the main one writes."
+        random, self.saved = self.devices.everyone(_random_state()), time.monotonic()
+        if not self.devices.main:
+            return
         point = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), at=self.at, history=self.history,
-                     random=_random_state(), average=self.average.state_dict() if self.average else None)
+                     random=random, average=self.average.state_dict() if self.average else None)
         temporary = self.folder / f".resume.{os.getpid()}.tmp"
-        torch.save(point, temporary)
-        os.replace(temporary, self.folder / "resume.pt")
-        self.saved = time.time()
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(point, f)
+                f.flush()
+                os.fsync(f.fileno())  # else a machine that loses power may keep the name and not the content
+            os.replace(temporary, self.folder / "resume.pt")
+        finally:
+            temporary.unlink(missing_ok=True)  # of a full disk
 
     def _rebuild(self, new_parts: bool):
         "Forget the optimizer's moments, as the published code did each epoch."
@@ -205,7 +243,7 @@ class Solver:
             self.optimizer = make_optimizer(self.model, self.cfg, new_parts)
 
     def resume(self) -> bool:
-        "Go back to the last resume point; False when there is none."
+        "Go back to the last resume point, written by any number of processes; False when there is none."
         path = self.folder / "resume.pt"
         if not path.exists():
             return False
@@ -217,7 +255,12 @@ class Solver:
             if self.average:
                 self.average.load_state_dict(point["average"])
             self.at, self.history = point["at"], point["history"]
-            _set_random_state(point["random"])
+            states, rank = point["random"], self.devices.rank
+            states = [states] if isinstance(states, dict) else states  # as versions for one process wrote it
+            if rank < len(states):
+                _set_random_state(states[rank])
+            else:  # a process that was not there before
+                seed_everything(self.cfg.seed, self.at["epoch"], self.at["batch"], rank)
         except Exception as e:  # torch raises many kinds
             raise TrainingError(f"{path}: is damaged or of another model ({type(e).__name__}); delete it to start this run anew") from None
         return True
@@ -241,25 +284,29 @@ class Solver:
 
     def _train_epoch(self):
         "Train from the current position to the end of the epoch."
-        cfg, at, n = self.cfg, self.at, len(self.feed)
+        cfg, at, n, devices = self.cfg, self.at, len(self.feed), self.devices
         self.model.train()
         if at["batch"] == 0:
-            seed_everything(cfg.seed, at["epoch"])
+            seed_everything(cfg.seed, at["epoch"], *filter(None, [self.devices.rank]))  # other dropout in each process
             self._rebuild(at["epoch"] == 0)
-        batches = self.feed.train_batches(at["epoch"], at["batch"])
-        started, before = time.time(), at["seconds"]
+        batches = self.feed.train_batches(at["epoch"], at["batch"], devices.rank, devices.world)
+        started, before = time.monotonic(), at["seconds"]
         for inputs, rows in track(batches, n, f"epoch {at['epoch'] + 1}/{cfg.epochs}", self.progress, at["batch"]):
-            loss = self.loss(self.feed.score(self.model, inputs).float(), self.scores[rows], self.stds[rows])
-            if not torch.isfinite(loss):
-                raise TrainingError(f"the loss is {loss.item()} in epoch {at['epoch'] + 1}, batch {at['batch'] + 1}: lower lr (now "
-                                    f"{cfg.lr:g}, times {cfg.head_lr_ratio:g} for new parts), or set clip; {self.folder}")
-            loss.backward()
-            at["batch"] += 1
+            batch = at["batch"] + 1
+            step = batch % cfg.accumulate == 0 or batch == n
+            with devices.alone_until(self.scored, step):
+                pred = devices.whole(self.scored(inputs).float(), len(rows))  # (B,) of the whole batch, in every process
+                loss = self.loss(pred, self.scores[rows], self.stds[rows])
+                if not torch.isfinite(loss):
+                    raise TrainingError(f"the loss is {loss.item()} in epoch {at['epoch'] + 1}, batch {batch}: lower lr (now "
+                                        f"{cfg.lr:g}, times {cfg.head_lr_ratio:g} for new parts), or set clip; {self.folder}")
+                devices.backward(loss)
+            at["batch"] = batch
             at["loss"] += loss.item() * len(rows)
-            at["seconds"] = before + time.time() - started
-            if at["batch"] % cfg.accumulate == 0 or at["batch"] == n:
-                self._step((at["batch"] - 1) % cfg.accumulate + 1)
-                if time.time() - self.saved > 60 * cfg.checkpoint_minutes:
+            at["seconds"] = before + time.monotonic() - started
+            if step:
+                self._step((batch - 1) % cfg.accumulate + 1)
+                if devices.agree(time.monotonic() - self.saved > 60 * cfg.checkpoint_minutes):
                     self.save()
 
     def _end_epoch(self) -> bool:
@@ -267,7 +314,10 @@ class Solver:
         cfg, at = self.cfg, self.at
         chosen_on = cfg.choose_on
         model = self.average.module if self.average else self.model
-        p = predict(model, self.feed, chosen_on, cfg.val_crops)
+        started = time.monotonic()
+        if self.norms:
+            self.devices.spread([*self.model.buffers(), *model.buffers()])
+        p = predict(model, self.feed, chosen_on, cfg.val_crops, devices=self.devices)
         if not np.isfinite(p.pred).all():
             raise TrainingError(f"predictions are not numbers after epoch {at['epoch'] + 1}: lower lr (now {cfg.lr:g}), or set clip; {self.folder}")
         m = evaluate(p.pred, p.score, n_boot=0)
@@ -275,27 +325,49 @@ class Solver:
         lrs = learning_rates(cfg, (at["epoch"] + 1) * self.steps_per_epoch - 1, self.steps_per_epoch)
         at["epoch"] += 1
         self.history.append(dict(epoch=at["epoch"], chosen_on=chosen_on, train_loss=at["loss"] / trained, val_srcc=m["srcc"], val_plcc=m["plcc"],
-                                 lr_backbone=lrs[0], lr_head=lrs[1], seconds=round(at["seconds"], 2)))
+                                 lr_backbone=lrs[0], lr_head=lrs[1], seconds=round(at["seconds"], 2),
+                                 val_seconds=round(time.monotonic() - started, 2)))
         at.update(batch=0, loss=0.0, seconds=0.0)
         if m["srcc"] > at["best"] or not at["best_epoch"]:
             at.update(best=m["srcc"] if math.isfinite(m["srcc"]) else -math.inf, best_epoch=at["epoch"])
-            save_checkpoint(model, self.folder / "checkpoint.safetensors")
-        append_line(self.folder / "metrics.jsonl", self.history[-1])
+            if self.devices.main:
+                save_checkpoint(model, self.folder / "checkpoint.safetensors")
+        if self.devices.main:
+            append_line(self.folder / "metrics.jsonl", self.history[-1])
         self.save()
         return bool(cfg.patience) and at["epoch"] - at["best_epoch"] >= cfg.patience
 
     # -- all of them ----------------------------------------------------------------------------------------------
+    def _begin(self):
+        "What is done before the first epoch of this life."
+        devices, cfg = self.devices, self.cfg
+        if devices.main:
+            for torn in self.folder.glob(".resume.*.tmp"):  # of a killed process
+                torn.unlink(missing_ok=True)
+        self.resume()
+        if len(set(devices.everyone((self.at["epoch"], self.at["batch"])))) > 1:
+            raise TrainingError(f"{self.folder}: the processes find different resume points; several machines need a folder that all of them share")
+        if not devices.main:
+            return
+        write_lines(self.folder / "metrics.jsonl", self.history)  # an epoch past the resume point is run again
+        if self.at["epoch"] < cfg.epochs:
+            differs = (f"{self.norms} batch norms learn: in {devices.world} processes the statistics of each are of its process's part of the batch, and what is kept is the main "
+                       f"process's, so that this run is not the one of one process; freeze_batchnorm=True makes them the same") if self.norms else None
+            if differs:
+                print(differs)
+            note_environment(self.folder, add=devices.world > 1, processes=devices.world, batch_norms=differs)
+
     def fit(self) -> dict:  # best_epoch, stopped, seconds
         "Train until the epochs are done or patience ends; afterwards `self.model` is the best model, in eval mode."
-        self.resume()
-        write_lines(self.folder / "metrics.jsonl", self.history)  # an epoch past the resume point is run again
+        self._begin()
         cfg, stop = self.cfg, False
         stop = bool(cfg.patience) and bool(self.history) and self.at["epoch"] - self.at["best_epoch"] >= cfg.patience
         while self.at["epoch"] < cfg.epochs and not stop:
             self._train_epoch()
             stop = self._end_epoch()
-            if self.on_epoch:
+            if self.on_epoch and self.devices.main:
                 self.on_epoch(read_lines(self.folder / "metrics.jsonl"))
+        self.devices.wait()  # until the main process has written
         best = load_checkpoint(self.folder / "checkpoint.safetensors", self.feed.device)
         self.model.load_state_dict(best.state_dict())
         self.model.eval()

@@ -41,7 +41,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def journal(folder) -> pd.DataFrame:
-    return read_lines(folder / "metrics.jsonl").drop(columns="seconds")
+    return read_lines(folder / "metrics.jsonl").drop(columns=["seconds", "val_seconds"])
 
 
 @pytest.fixture
