@@ -153,8 +153,12 @@ class _Many:
         self.flying[self.client.submit(_work, *arguments, pure=False)] = key
 
     def collect(self) -> list:
-        with suppress(TimeoutError, self.distributed.TimeoutError):
+        try:
             self.distributed.wait(list(self.flying), timeout=1, return_when="FIRST_COMPLETED")
+        except (TimeoutError, self.distributed.TimeoutError):
+            pass
+        except self.distributed.client.CancelledError:
+            raise self._gone("its runs were cancelled") from None
         ended = []
         for future in [f for f in self.flying if f.status != "pending"]:
             key = self.flying.pop(future)
