@@ -140,7 +140,7 @@ class _Many:
     def room(self, flying: int) -> bool:
         try:
             n = sum(self.client.nthreads().values())
-        except (OSError, RuntimeError, self.distributed.CommClosedError) as e:
+        except (OSError, RuntimeError) as e:  # a closed connection is an OSError
             raise self._gone(type(e).__name__) from None
         if n or self.idle_since == float("inf"):
             self.idle_since = time.monotonic() if n else self.idle_since
