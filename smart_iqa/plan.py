@@ -210,7 +210,7 @@ class FirstBatches(CropFeed):
     def train_batches(self, epoch: int, first: int = 0, rank: int = 0, world: int = 1):
         yield from islice(super().train_batches(epoch, first, rank, world), len(self) - first)
 
-# %% ../nbs/22_plan.ipynb #c6cdb1f6
+# %% ../nbs/22_plan.ipynb #476b1d69
 _KIND = ("method", "head", "model_size", "backbone", "use_multiscale", "use_attention", "afa", "crop", "batch_size", "frozen", "freeze_batchnorm", "amp", "device", "threads")
 
 
@@ -330,6 +330,8 @@ def measure_kind(
 
         told["feature_seconds"] = _median_seconds(features, device, steps) / b
         told["feature_values"] = sum(t[0].numel() for t in features())
+        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
+        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
         told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
         told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
         told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
