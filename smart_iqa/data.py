@@ -9,6 +9,7 @@ __all__ = ['HASH_BITS', 'THUMB_CORRELATION', 'NO_SKETCH', 'ImageSet', 'settle', 
 
 # %% ../nbs/04_data.ipynb #feb41f46
 import fnmatch
+import json
 import os
 import posixpath
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from .config import Config, cache_dir, check_names, fingerprint, track
-from .demo import DEMO_NOTE
+from .demo import DEMO_NOTE, RENDERED
 from .images import load_image
 from .sets import FACTS, LOADERS, DataError, read_labels
 
@@ -296,7 +297,9 @@ def read_set(
     table["ref"] = table.ref.where(table.ref != table.image, files)
     table["image"] = files
     table = table[keep.to_numpy()].reset_index(drop=True)
-    return ImageSet(cfg.dataset, root, table, DEMO_NOTE if cfg.dataset == "demo" else "", skipped, renamed=renamed)
+    made = root / RENDERED  # a stand-in in the layout of a published set says so itself
+    note = DEMO_NOTE if cfg.dataset == "demo" else json.loads(made.read_text(encoding="utf-8"))["note"] if made.exists() else ""
+    return ImageSet(cfg.dataset, root, table, note, skipped, renamed=renamed)
 
 
 def load_set(

@@ -25,7 +25,7 @@ from .config import check_names, fingerprint
 from .figures import PALETTE, WIDTH, difference_text, new_figure, need_columns, markdown, save, save_table, style
 from .metrics import ceiling_of, evaluate_runs
 from .records import PART_NAMES, compare_arms, environment, is_finished, part_of, read_run, resampling_of, run_digest, write_json
-from .runs import RunError, planned_folder
+from .runs import NothingStarted, RunError, noting, planned_folder
 from .workers import Job, LiveTable, connect, run_jobs
 
 # %% ../nbs/18_sweeps.ipynb #32e8fdfc
@@ -130,6 +130,9 @@ def run_sweep(
     "Start what is missing, skip what is finished, and read all of it. RunError where a run fails for another reason than those in HOPELESS; the others that were out are finished first."
     sweep = Sweep({a: c for a, c in arms.items() if isinstance(c, dict)}, list(seeds), part, missing={a: c for a, c in arms.items() if isinstance(c, str)})
     given = {(a, s): dict(open_test=part != "val") | recipe | changes | dict(seed=s) for s in sweep.seeds for a, changes in sweep.arms.items()}  # seed by seed: a comparison is complete early
+    if (noted := noting()) is not None:
+        noted += [dict(notebook="train", parameters=g, arm=a) for (a, s), g in given.items()]
+        raise NothingStarted
     folders = {key: planned_folder("train", g, out, batch) for key, g in given.items()}
     done = {key for key, f in folders.items() if is_finished(f)}
     todo = [] if only_finished else [key for key in given if key not in done]
@@ -266,7 +269,7 @@ def caption_of(
 def title_of(sweep: Sweep) -> str:
     "What a figure of this sweep is about: set, part, n, seeds; the rendered set is called that."
     first = next(iter(sweep.runs.values()))
-    name = "rendered demo set, no opinions" if first["dataset"] == "demo" else first["dataset"]
+    name = "rendered demo set, no opinions" if first["dataset"] == "demo" else first["dataset"] + (", rendered stand-in, no opinions" if sweep.note else "")
     return f"{name}, {PART_NAMES[sweep.compared]}, n = {len(part_of(first['predictions'], sweep.compared))}, seeds {', '.join(map(str, sweep.seeds))}"
 
 

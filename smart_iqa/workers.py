@@ -23,7 +23,7 @@ from IPython.display import HTML, display
 
 from .config import FILES
 from .records import Busy, code_digest, is_finished, run_state
-from .runs import RunError, execute, planned_folder
+from .runs import RunError, execute, noting, planned_folder
 
 # %% ../nbs/17_workers.ipynb #a2a816e9
 ATTEMPTS = 3  # at starting workers, and at a run whose kernel dies
@@ -321,6 +321,8 @@ def finish(
     only_finished: bool = False,       # start nothing
 ) -> dict[object, Path]:      # the folders of those that are finished, in the order of the jobs
     "Runs, made now where they are missing. RunError of the first that fails, when those that were out with it have ended."
+    if noting() is not None:
+        return {key: execute(j.notebook, j.parameters, out, batch, j.name) for key, j in jobs.items()}  # noted, not started
     folders = {key: planned_folder(j.notebook, j.parameters, out, batch, j.name) for key, j in jobs.items()}
     todo = [] if only_finished else [key for key, f in folders.items() if not is_finished(f)]
     failed = []
