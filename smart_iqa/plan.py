@@ -331,17 +331,6 @@ def measure_kind(
         told["feature_seconds"] = _median_seconds(features, device, steps) / b
         told["feature_values"] = sum(t[0].numel() for t in features())
         told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
-        told["moment_values"] = sum(2 * m.shape[1] for m in model.backbone(x[:1]))
     return told
 
 
