@@ -8,6 +8,7 @@ __all__ = ['learning_rates', 'make_optimizer', 'CropFeed', 'predict', 'targets',
 # %% ../nbs/13_solver.ipynb #e7aa8d1e
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -234,6 +235,11 @@ class Solver:
                 f.flush()
                 os.fsync(f.fileno())  # else a machine that loses power may keep the name and not the content
             os.replace(temporary, self.folder / "resume.pt")
+        except RuntimeError as e:  # torch hides what the disk said
+            if "inline_container" not in str(e):
+                raise
+            free = shutil.disk_usage(self.folder).free / 1e6
+            raise OSError(f"{self.folder / 'resume.pt'} could not be written; {free:.0f} MB are free: No space left on device?") from None
         finally:
             temporary.unlink(missing_ok=True)  # of a full disk
 
