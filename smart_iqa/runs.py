@@ -185,9 +185,9 @@ def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name:
     if len(names) == len(Config.__dataclass_fields__):
         cfg = make_config(**{k: v for k, v in given.items() if k in names} | {"profile": given.get("profile", "demo")})
         return run_folder(cfg, load_set(cfg, progress=True), out, batch, name)
-    files = [p for v in given.values() if isinstance(v, str) for p in (Path(v), Path(v) / "record.json") if os.path.isfile(p)]  # Path.is_file fails on words that are too long for a name, such as a recipe
-    content = [hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in files]  # another checkpoint under the same name is another run
     what = {k: v for k, v in given.items() if k not in ("cache", "workers")}  # where pixels lie, and who does the work, changes nothing
+    files = [p for v in what.values() if isinstance(v, str) for p in (Path(v), Path(v) / "record.json") if os.path.isfile(p)]  # Path.is_file fails on words that are too long for a name, such as a recipe
+    content = [hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in files]  # another checkpoint under the same name is another run
     return out / batch / f"{name or stem}-{fingerprint([what, content])}"
 
 
