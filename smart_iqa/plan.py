@@ -495,7 +495,7 @@ def measure(
         get("general", "start", "the start of a run", measure_start)
         get("general", "summary", "the bootstrap at the end", lambda: _summary_seconds())
         for run in runs:
-            get("data", data_key(run.cfg), f"pictures of {run.cfg.dataset}" if run.cfg.root else "rendered pictures of 1024 x 768", lambda run=run: measure_data(run.cfg))
+            get("data", data_key(run.cfg), f"pictures of {run.cfg.dataset}" if run.cfg.root or run.cfg.dataset == "demo" else "rendered pictures of 1024 x 768", lambda run=run: measure_data(run.cfg))
     finally:
         torch.set_num_threads(before)
     for run in runs:
