@@ -25,7 +25,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import nn
 
-from .backbones import fold_batchnorm
+from .backbones import for_scoring
 from .config import keep_memory, pick_device, use_bf16
 from .crops import MEAN, STD, grid_shape, normalise
 from .images import MAX_PIXELS, ImageError, load_image, resize, resized_size, to_rgb
@@ -152,7 +152,7 @@ class Scorer:
             calibration.interval([50.0], [1.0], level)  # an impossible level is an error now, not after a thousand pictures
         if self.device.type == "cpu":
             keep_memory()
-        self._fast = fold_batchnorm(self.model).to(memory_format=torch.channels_last)
+        self._fast = for_scoring(self.model, self.device, self.bf16)
 
     def __repr__(self) -> str:
         return f"Scorer({self.info.get('name', type(self.model).__name__)}, {self.policy}, {self.device}{', bf16' if self.bf16 else ''})"

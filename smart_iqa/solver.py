@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .backbones import fold_batchnorm
+from .backbones import for_scoring
 from .config import Config, keep_memory, pick_device, seed_everything, track, use_bf16
 from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan, share
 from .devices import Devices, learning_norms
@@ -105,8 +105,8 @@ class CropFeed:
             yield normalise(crops, self.device)
 
     def scorer(self, model: nn.Module) -> nn.Module:
-        "The model as it scores fastest: batch norms folded, channels last."
-        return fold_batchnorm(model).to(memory_format=torch.channels_last)
+        "The model as it scores fastest."
+        return for_scoring(model, self.device, self.bf16)
 
     def score(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
