@@ -278,10 +278,11 @@ def create_scorer(
 ) -> Scorer:
     "A model that is ready to score pictures. WeightsError or CheckpointError says what to do when there is none."
     path = find_checkpoint(model)
+    loaded = load_checkpoint(path)
     about = read_about(path) or (_about_run(path.parent) if (path.parent / "config.json").exists() else {})
     info = about.get("info") or dict(name=path.name, note="this checkpoint does not say how it was trained: scored by the default picture policy")
     policy, calibration, cheap = _rules(about, fast, crops, info.get("name", path.name))
-    return Scorer(load_checkpoint(path), policy, calibration, info, device, fast=cheap, **options)
+    return Scorer(loaded, policy, calibration, info, device, fast=cheap, **options)
 
 
 def save_scorer(
