@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'Backbone', 'WeightsError', 'load_backbone_weights', 'hub_answers', 'freeze_norms', 'thaw_norms',
-           'fold_batchnorm']
+           'fold_batchnorm', 'for_scoring']
 
 # %% ../nbs/07_backbones.ipynb #7ccc71ff
 import copy
@@ -172,8 +172,37 @@ def _load_file(backbone: Backbone, path: Path) -> str:
     return path.name
 
 # %% ../nbs/07_backbones.ipynb #be6b2050
+def _of_weight(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
+    "Gradient of a depthwise weight (C, 1, k, k), put together from tiles of 3 x 3, which are quick."
+    (h, w), k, n = grad.shape[2:], weight.shape[-1], -(-weight.shape[-1] // 3)
+
+    def tile(x, padding):
+        like = weight.new_empty(len(weight), 1, 3, 3)
+        return torch.ops.aten.convolution_backward(grad, x, like, [0], stride, padding, [1, 1], False, [0, 0], len(weight), [False, True, False])[1]
+
+    if k == 3:
+        return tile(x, padding)
+    x = F.pad(x, (padding[1], padding[1] + 3 * n - k, padding[0], padding[0] + 3 * n - k))
+    rows = [[tile(x[:, :, i : i + stride[0] * (h - 1) + 3, j : j + stride[1] * (w - 1) + 3], (0, 0)) for j in range(0, 3 * n, 3)] for i in range(0, 3 * n, 3)]
+    return torch.cat([torch.cat(r, 3) for r in rows], 2)[:, :, :k, :k]
+
+
+def _of_input(grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], stride: list[int], padding: list[int]) -> torch.Tensor:
+    "Gradient of a depthwise convolution's input, by forward convolutions of the output's gradient: one for each phase of the stride."
+    (h, w), (t, u), c, k = size, padding, len(weight), weight.shape[-1]
+    if tuple(stride) == (1, 1) and max(padding) < k:
+        return F.conv2d(grad, weight.flip(2, 3), None, 1, (k - 1 - t, k - 1 - u), 1, c)
+    out = grad.new_zeros(len(grad), h + 2 * t, w + 2 * u, c).permute(0, 3, 1, 2)         # channels last
+    for a in range(stride[0]):
+        for b in range(stride[1]):
+            taps = weight[:, :, a :: stride[0], b :: stride[1]].flip(2, 3)
+            phase = F.conv2d(grad, taps, None, 1, (taps.shape[2] - 1, taps.shape[3] - 1), 1, c)
+            out[:, :, a : a + stride[0] * phase.shape[2] : stride[0], b : b + stride[1] * phase.shape[3] : stride[1]] = phase
+    return out[:, :, t : t + h, u : u + w]
+
+
 class _Depthwise(torch.autograd.Function):
-    "Depthwise convolution on a CPU: bf16 forward, and backward in fp32 where bf16 is slow there (5 x 5 kernels, strides)."
+    "Depthwise convolution in bf16 on a CPU, with a backward pass of kernels that are quick there."
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
@@ -184,15 +213,9 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight), (stride, padding) = ctx.saved_tensors, ctx.how
-        large, full = weight.shape[-1] > 3, grad.float()
-
-        def part(mask, in_fp32):
-            g, *rest = (full, x.float(), weight.float()) if in_fp32 else (grad, x, weight)
-            return torch.ops.aten.convolution_backward(g, *rest, [0], stride, padding, [1, 1], False, [0, 0], len(weight), mask)
-
-        of_x = part([True, False, False], large or stride[0] > 1)[0] if ctx.needs_input_grad[0] else None
-        return of_x, part([False, True, False], large)[1].float(), full.sum((0, 2, 3)), None, None
+        (x, weight), how = ctx.saved_tensors, ctx.how
+        of_x = _of_input(grad, weight, x.shape[2:], *how) if ctx.needs_input_grad[0] else None
+        return of_x, _of_weight(grad, x, weight, *how).float(), grad.sum((0, 2, 3), dtype=torch.float32), None, None
 
 
 class _NormedConv(nn.Conv2d):
@@ -204,7 +227,8 @@ class _NormedConv(nn.Conv2d):
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight, bias = self.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
         on_cpu_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        if on_cpu_bf16 and torch.is_grad_enabled() and self.groups == self.out_channels and self.dilation == (1, 1):
+        depthwise = weight.shape[1] == 1 and self.groups == self.out_channels and weight.shape[2] == weight.shape[3] >= max(self.stride)
+        if on_cpu_bf16 and torch.is_grad_enabled() and depthwise and self.dilation == (1, 1):
             return _Depthwise.apply(x, weight, bias, self.stride, padding)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
@@ -259,3 +283,62 @@ def fold_batchnorm(
         setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
         setattr(parent, norm_name, getattr(norm, "act", nn.Identity()))
     return module
+
+# %% ../nbs/07_backbones.ipynb #cd45ecc7
+class _FusedConv(nn.Module):
+    "A convolution with the ReLU6 after it, in one kernel of oneDNN."
+
+    def __init__(self, conv: nn.Conv2d, act: bool, dtype: torch.dtype):
+        super().__init__()
+        (k, _), self.stride, self.groups, padding = conv.kernel_size, list(conv.stride), conv.groups, conv.padding
+        self.same = isinstance(conv, Conv2dSame)                 # then, of even sizes: (k - 2) // 2 above, one more below
+        weight = F.pad(conv.weight.detach(), (1, 0, 1, 0)) if self.same else conv.weight.detach()
+        self.padding = [(k - 2) // 2 + 1] * 2 if self.same else list(padding)
+        self.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=torch.channels_last), False)
+        self.bias = nn.Parameter(conv.bias.detach().to(dtype), False)
+        self.act = ("hardtanh", [0.0, 6.0], "") if act else ("none", [], "")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, weight, padding = x.to(self.weight.dtype), self.weight, self.padding
+        if self.same and (x.shape[2] % 2 or x.shape[3] % 2):
+            weight, padding = weight[:, :, 1:, 1:].contiguous(memory_format=torch.channels_last), [0, 0]
+            x = pad_same(x, weight.shape[2:], self.stride)
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, padding, self.stride, [1, 1], self.groups, *self.act)
+
+
+def _fusable(conv: nn.Module) -> bool:
+    "Whether `_FusedConv` knows this convolution: plain, or \"same\" with stride 2."
+    plain = type(conv) is nn.Conv2d and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
+    same = type(conv) is Conv2dSame and conv.stride == (2, 2) and conv.kernel_size[0] == conv.kernel_size[1] >= 2
+    return (plain or same) and conv.bias is not None and conv.dilation == (1, 1)
+
+
+def _has_onednn(bf16: bool) -> bool:
+    "Whether torch was built with oneDNN's fused convolutions, and the processor has what they need."
+    fused = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return fused and (not bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def for_scoring(
+    model: nn.Module,             # with a `Backbone` as its `backbone`, in eval mode
+    device: torch.device | str,
+    bf16: bool = False,           # it will be called under autocast to bf16
+) -> nn.Module:                   # a copy that shares no changed tensor, or the model itself where nothing is to be gained
+    "The model as it scores fastest, with the same numbers: batch norms folded, activations fused (CPU), weights kept in bf16, channels last."
+    fast = fold_batchnorm(model)
+    if bf16 and fast is model:
+        fast = copy.deepcopy(model)
+    if fast is not model and torch.device(device).type == "cpu" and _has_onednn(bf16):
+        for parent in list(fast.backbone.modules()):
+            pairs = list(parent.named_children())
+            for (name, conv), (after, act) in zip(pairs, [*pairs[1:], ("", None)]):
+                if _fusable(conv):
+                    relu6 = type(act) is nn.ReLU6
+                    setattr(parent, name, _FusedConv(conv, relu6, torch.bfloat16 if bf16 else conv.weight.dtype))
+                    if relu6:
+                        setattr(parent, after, nn.Identity())
+    if bf16:
+        for m in fast.backbone.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                m.to(torch.bfloat16)
+    return fast.to(memory_format=torch.channels_last)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_positions', 'Plan', 'random_plan', 'grid_plan',
-           'share', 'crop_batches', 'normalise', 'jitter']
+           'share', 'crop_batches', 'normalise', 'jitter', 'one_ahead']
 
 # %% ../nbs/06_crops.ipynb #0799be53
 import json
 import os
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -263,3 +264,15 @@ def jitter(
         return crops
     change = v2.ColorJitter(strength, strength, strength)
     return torch.stack([change(c) for c in crops])
+
+# %% ../nbs/06_crops.ipynb #6822b00c
+def one_ahead(
+    items: Iterable,
+) -> Iterator:
+    "The same items in the same order, each made in a thread while the one before is used. What making one raises is raised here."
+    items, done = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, done)
+        while (item := coming.result()) is not done:
+            coming = pool.submit(next, items, done)
+            yield item

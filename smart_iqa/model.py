@@ -6,7 +6,7 @@
 __all__ = ['LDA_CHANNELS', 'LDA_GRIDS', 'LDA_OUT', 'GRID', 'HYPER', 'TARGET', 'PROJECTED', 'HIDDEN', 'RANK', 'VECTOR', 'AFA',
            'DROPS', 'PACKAGED', 'LocalDistortion', 'Gate', 'HyperNet', 'PlainNet', 'target_net', 'Projection',
            'SigmoidGate', 'LowRankHyperNet', 'SmartIQA', 'HyperIQA', 'native_name', 'CheckpointError', 'build_model',
-           'find_checkpoint', 'load_checkpoint', 'save_checkpoint', 'read_about']
+           'find_checkpoint', 'load_checkpoint', 'save_checkpoint', 'write_about', 'read_about']
 
 # %% ../nbs/08_model.ipynb #0670f64d
 import json
@@ -482,6 +482,23 @@ def save_checkpoint(
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(tensors, temporary, metadata={"smart_iqa": json.dumps(model.arguments)} | ({"about": json.dumps(about)} if about else {}))
+    temporary.replace(path)
+
+
+def write_about(
+    path: str | Path,  # of a checkpoint that `save_checkpoint` wrote
+    about: dict,       # plain JSON, in place of what was there
+):
+    "Tell a checkpoint something else about itself; only the file's header is written anew, its tensors stay bit by bit."
+    path, head = Path(path), lambda raw: 8 + int.from_bytes(raw[:8], "little")   # safetensors: length, header, tensors
+    with safe_open(path, "pt"):
+        raw = path.read_bytes()
+    header = json.loads(raw[8 : head(raw)])
+    header["__metadata__"] = header.get("__metadata__", {}) | {"about": json.dumps(about)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)                                                # tensors begin at a multiple of 8 bytes
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(len(text).to_bytes(8, "little") + text + raw[head(raw) :])
     temporary.replace(path)
 
 

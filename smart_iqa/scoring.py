@@ -10,6 +10,7 @@ __all__ = ['MAX_COLUMNS', 'as_image', 'Policy', 'layout', 'cut', 'Score', 'Score
 import importlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import nn
 
-from .backbones import fold_batchnorm
+from .backbones import for_scoring
 from .config import keep_memory, pick_device, use_bf16
 from .crops import MEAN, STD, grid_shape, normalise
 from .images import MAX_PIXELS, ImageError, load_image, resize, resized_size, to_rgb
@@ -141,16 +142,17 @@ class Scorer:
         amp: str = "off",                 # bf16 autocast: off (the same numbers on every machine), on, auto (where the machine has it)
         batch_size: int = 32,             # crops
         level: float = 0.9,               # of the intervals
+        fast: dict | None = None,         # a cheaper policy and its calibration, kept for `save_scorer`; `create_scorer(fast=True)` scores by it
     ):
         self.device = pick_device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.policy, self.calibration, self.info = policy, calibration, dict(info or {})
-        self.bf16, self.batch_size, self.level = use_bf16(amp, self.device), batch_size, level
+        self.bf16, self.batch_size, self.level, self.fast = use_bf16(amp, self.device), batch_size, level, fast
         if calibration:
             calibration.interval([50.0], [1.0], level)  # an impossible level is an error now, not after a thousand pictures
         if self.device.type == "cpu":
             keep_memory()
-        self._fast = fold_batchnorm(self.model).to(memory_format=torch.channels_last)
+        self._fast = for_scoring(self.model, self.device, self.bf16)
 
     def __repr__(self) -> str:
         return f"Scorer({self.info.get('name', type(self.model).__name__)}, {self.policy}, {self.device}{', bf16' if self.bf16 else ''})"
@@ -250,18 +252,37 @@ def _about_run(folder: Path) -> dict:
     return about
 
 
+def _rules(about: dict, fast: bool, crops: int | None, name: str) -> tuple[Policy, Calibration | None, dict | None]:
+    "Policy, calibration and what else there is: the default's, the fast one's, or another number of crops, with the calibration of whoever has so many."
+    known = [(Policy(**a.get("policy", {})), Calibration(**{k: tuple(v) for k, v in a["calibration"].items()}) if a.get("calibration") else None)
+             for a in (about, *([about["fast"]] if about.get("fast") else ()))]
+    if fast and len(known) < 2:
+        raise ValueError(f"{name}: has no fast policy; give crops=N for fewer crops (without intervals), or find one with experiments/policies.ipynb")
+    if crops is not None and (fast or crops < 1):
+        raise ValueError(f"crops={crops}: give a number from 1, and not together with fast=True, which has its own")
+    policy, calibration = known[1 if fast else 0]
+    if crops is not None:
+        policy = replace(policy, crops=crops)
+        calibration = next((c for p, c in known if p == policy), None)
+        if calibration is None and known[0][1] is not None:
+            warnings.warn(f"{name} was not calibrated with {crops} crops: scores come without intervals (NaN)", stacklevel=3)
+    return policy, calibration, about.get("fast") if policy == known[0][0] else None
+
+
 def create_scorer(
     model: str | Path = "smart-lite",  # packaged name, file, folder of a run or of `save_pretrained`, or hub id "owner/name"
     device: str = "auto",              # auto, cpu, cuda, cuda:1, mps
+    fast: bool = False,                # score by the model's cheaper policy, which has intervals of its own; ValueError where it has none
+    crops: int | None = None,          # another number of crops than the policy's; without a calibration of its own there are no intervals
     **options,                         # amp, batch_size, level of `Scorer`
 ) -> Scorer:
     "A model that is ready to score pictures. WeightsError or CheckpointError says what to do when there is none."
     path = find_checkpoint(model)
     loaded = load_checkpoint(path)
     about = read_about(path) or (_about_run(path.parent) if (path.parent / "config.json").exists() else {})
-    calibration = Calibration(**{k: tuple(v) for k, v in about["calibration"].items()}) if about.get("calibration") else None
     info = about.get("info") or dict(name=path.name, note="this checkpoint does not say how it was trained: scored by the default picture policy")
-    return Scorer(loaded, Policy(**about.get("policy", {})), calibration, info, device, **options)
+    policy, calibration, cheap = _rules(about, fast, crops, info.get("name", path.name))
+    return Scorer(loaded, policy, calibration, info, device, fast=cheap, **options)
 
 
 def save_scorer(
@@ -271,7 +292,7 @@ def save_scorer(
 ):
     "Write model, policy, calibration and card into one file, which `create_scorer` reads."
     about = dict(policy=asdict(scorer.policy), calibration=asdict(scorer.calibration) if scorer.calibration else None, info=scorer.info)
-    save_checkpoint(scorer.model, path, about, dtype)
+    save_checkpoint(scorer.model, path, about | (dict(fast=scorer.fast) if scorer.fast else {}), dtype)
 
 # %% ../nbs/24_scoring.ipynb #253c82b5
 @dataclass(frozen=True)

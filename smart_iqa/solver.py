@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .backbones import fold_batchnorm
+from .backbones import for_scoring
 from .config import Config, keep_memory, pick_device, seed_everything, track, use_bf16
-from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan, share
+from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, one_ahead, random_plan, share
 from .devices import Devices, learning_norms
 from .losses import get_loss
 from .metrics import evaluate
@@ -59,7 +59,7 @@ def make_optimizer(
     groups = [] if cfg.frozen else [dict(params=list(model.backbone.parameters()), tier=0)]
     groups += [dict(params=model.head_parameters(), tier=1)] if new_parts else []
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)  # one pass over weights, gradients and moments instead of ten
 
 # %% ../nbs/13_solver.ipynb #5c7fd4bd
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
@@ -82,7 +82,7 @@ class CropFeed:
         "Inputs and table rows of one epoch from batch `first` on; for one of several processes the inputs of its share, and all rows."
         c = self.cfg
         plan = random_plan(self.cache.sizes, _rows(self.table, "train"), c.crop, c.train_crops, (c.seed, epoch), c.flip)
-        for crops, rows in crop_batches(self.cache, plan, c.crop, c.batch_size, c.workers, first, rank, world):
+        for crops, rows in one_ahead(crop_batches(self.cache, plan, c.crop, c.batch_size, c.workers, first, rank, world)):
             yield normalise(jitter(crops, c.color_jitter), self.device), rows
 
     def test_plan(self, rows: np.ndarray, n_crops: int) -> Plan:
@@ -101,12 +101,12 @@ class CropFeed:
     def test_batches(self, rows: np.ndarray, n_crops: int, rank: int = 0, world: int = 1):
         "Inputs of some pictures, n_crops in a row for each; for one of several processes, of its share of the pictures."
         c = self.cfg
-        for crops, _ in crop_batches(self.cache, self.own_plan(rows, n_crops, rank, world), c.crop, c.batch_size, c.workers):
-            yield normalise(crops, self.device)
+        cut = crop_batches(self.cache, self.own_plan(rows, n_crops, rank, world), c.crop, c.batch_size, c.workers)
+        yield from one_ahead(normalise(crops, self.device) for crops, _ in cut)
 
     def scorer(self, model: nn.Module) -> nn.Module:
-        "The model as it scores fastest: batch norms folded, channels last."
-        return fold_batchnorm(model).to(memory_format=torch.channels_last)
+        "The model as it scores fastest."
+        return for_scoring(model, self.device, self.bf16)
 
     def score(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

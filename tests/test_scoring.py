@@ -186,3 +186,36 @@ def test_image_with_no_number_is_an_error(small):
         for p in small._fast.parameters():
             p.fill_(float("nan"))
     assert isinstance(next(small.stream([Image.new("RGB", (64, 64))])), ImageError)
+
+
+def test_fast_policy(photos, scorer, tmp_path):
+    """Fewer crops, an interval of its own, the same whatever the batch; the default stays, also through a file."""
+    fast = create_scorer("smart-lite", device="cpu", amp="off", fast=True)
+    assert fast.policy.crops < scorer.policy.crops and fast.calibration.residuals != scorer.calibration.residuals
+    found = fast.details(photos[:3])
+    other = create_scorer("smart-lite", device="cpu", amp="off", fast=True, batch_size=1)
+    assert np.abs(other(photos[:3]) - [s.score for s in found]).max() < 1e-3
+    assert all(s.low < s.score < s.high for s in found)
+    save_scorer(scorer, tmp_path / "copy.safetensors")
+    assert create_scorer(tmp_path / "copy.safetensors", fast=True).calibration == fast.calibration
+    assert create_scorer(tmp_path / "copy.safetensors").calibration == scorer.calibration
+
+
+def test_fast_without_a_fast_policy(small, tmp_path):
+    """A model without one says so; another number of crops has no intervals, says so, and never borrows those of the policy."""
+    save_scorer(small, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match="no fast policy"):
+        create_scorer(tmp_path / "small.safetensors", fast=True)
+    with pytest.raises(ValueError, match="crops=0"):
+        create_scorer(tmp_path / "small.safetensors", crops=0)
+    with pytest.warns(UserWarning, match="not calibrated with 6 crops"):
+        other = create_scorer(tmp_path / "small.safetensors", crops=6, device="cpu")
+    assert np.isnan(other.details([Image.new("RGB", (64, 64))])[0].low)
+    assert create_scorer(tmp_path / "small.safetensors", crops=small.policy.crops, device="cpu").calibration == small.calibration
+
+
+def test_weights_of_the_scoring_copy_are_its_own(small):
+    """bf16 and fused kernels live in a copy: the model that is saved, mapped and differentiated stays fp32."""
+    fast = Scorer(small.model, small.policy, device="cpu", amp="on")
+    assert {p.dtype for p in fast.model.parameters()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in fast._fast.backbone.parameters()} and {p.dtype for p in fast._fast.hyper.parameters()} == {torch.float32}
