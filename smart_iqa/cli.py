@@ -42,7 +42,7 @@ def _score(args: argparse.Namespace, found: list) -> int:
     from smart_iqa.folders import contact_sheet, model_id, pick_rows, printable, score_files, table_text, write_maps
     from smart_iqa.scoring import create_scorer
 
-    scorer = create_scorer(args.model, args.device, amp=args.amp, batch_size=args.batch, level=args.level)
+    scorer = create_scorer(args.model, args.device, args.fast, args.crops, amp=args.amp, batch_size=args.batch, level=args.level)
     started = time.time()
     frame = score_files(scorer, found, args.out, progress=not args.quiet)
     seconds, scored = time.time() - started, frame[frame.error == ""]
@@ -344,6 +344,9 @@ def _score_arguments(p: argparse.ArgumentParser):
     p.add_argument("paths", nargs="+", metavar="PATH", help="files, folders, patterns such as 'photos/**/*.jpg'; - reads names from stdin, a line or a NUL each")
     p.add_argument("--recursive", action=argparse.BooleanOptionalAction, default=True, help="folders with their subfolders (default: yes)")
     p.add_argument("--model", default="smart-lite", metavar="NAME|FILE|ID", help="packaged model, checkpoint, run folder or hub id (default: smart-lite)")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--fast", action="store_true", help="the model's cheaper policy: a few crops, with intervals of its own")
+    how.add_argument("--crops", type=_count, metavar="N", help="another number of crops (no intervals where it was not calibrated)")
     p.add_argument("--out", metavar="FILE", help="table of all scores: .csv, .jsonl or .parquet; a half-written one is gone on with")
     p.add_argument("--html", metavar="FILE", help="contact sheet, best first: one file that opens offline")
     p.add_argument("--heatmap", metavar="DIR", help="folder for a local quality map of each picture")
