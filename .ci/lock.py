@@ -44,6 +44,6 @@ def pinned(
 
 
 if __name__ == "__main__":
-    lines = [f"{name}=={version}" for name, version in pinned(config["DEFAULT"]["requirements"].split()).items()]
+    lines = [f"{name}=={version}" for name, version in pinned(f"{config['DEFAULT']['requirements']} {config['DEFAULT']['batch_requirements']}".split()).items()]
     text = HEADER.format(python=platform.python_version(), system=platform.system()) + "\n".join(lines) + "\n"
     (root / ".ci" / "requirements.lock").write_text(text, encoding="utf-8")
