@@ -219,9 +219,9 @@ def _execute(path: Path, folder: Path, parameters: dict):
 
     with tempfile.TemporaryDirectory(prefix="smart-iqa-", ignore_cleanup_errors=True) as scratch:
         ipc = dict(transport="ipc", ip=f"{scratch}/k") if os.name == "posix" else {}
-        try:
+        try:  # no limit on the start: it is taken from a clock that may be set, and a kernel that ends is noticed anyway
             papermill.execute_notebook(str(path), f"{_Whole.prefix}{folder / 'run.ipynb'}", parameters=parameters | dict(folder=str(folder)), kernel_name="python3", progress_bar=False,
-                                       start_timeout=600, extra_arguments=[f"--IPKernelApp.exec_lines={_start_line(folder)}"], config=TraitConfig(KernelManager=ipc))
+                                       start_timeout=10**9, extra_arguments=[f"--IPKernelApp.exec_lines={_start_line(folder)}"], config=TraitConfig(KernelManager=ipc))
         except PapermillExecutionError as e:
             raise failed(e.ename, e.evalue, f"{path.stem} failed with {e.ename}: {e.evalue}\nthe executed notebook: {folder / 'run.ipynb'}") from None
         except (DeadKernelError, TimeoutError) as e:
