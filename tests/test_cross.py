@@ -201,7 +201,7 @@ def run_notebook(monkeypatch, tmp_path, root, harm=None, **given) -> Path:
     """The notebook's own cells in this process; instead of training and scoring, runs are written as those notebooks would."""
     labels = pd.read_csv(root / "labels.csv")
 
-    def execute(experiment, parameters, out, batch, name, echo=None):
+    def execute(experiment, parameters, out, batch, name):
         folder, p = Path(out) / batch / name, dict(parameters)
         made = read_run(p.pop("checkpoint"))["config"] if experiment == "evaluate" else {}
         cfg = make_config(**{k: v for k, v in made.items() if k != "open_test"} | {k: v for k, v in p.items()})
@@ -216,7 +216,10 @@ def run_notebook(monkeypatch, tmp_path, root, harm=None, **given) -> Path:
             harm(folder)
         return folder
 
-    monkeypatch.setattr("smart_iqa.runs.execute", execute)
+    def finish(jobs, out, batch, *others):
+        return {key: execute(job.notebook, job.parameters, out, batch, job.name) for key, job in jobs.items()}
+
+    monkeypatch.setattr("smart_iqa.workers.finish", finish)
     recipe = dict(labels="labels.csv", score_range="0,100", split="official", leaks="mark")
     values = (
         dict(
