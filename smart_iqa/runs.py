@@ -366,8 +366,8 @@ _SAYS = "smart-iqa process"  # how a process begins the line with its error
 def _why(log: Path) -> str:
     "What went wrong, from the output of all processes: a signal, else the first error that one of them named, else the last lines."
     text = log.read_text(encoding="utf-8", errors="replace")
-    if died := re.search(r"[Ss]ignal (\d+) \((SIG\w+)\)", text):
-        if died[2] != "SIGTERM":
+    for died in re.finditer(r"[Ss]ignal (\d+) \((SIG\w+)\)", text):
+        if died[2] != "SIGTERM":  # which torchrun sends to the others
             return f"one was ended by signal {died[1]} ({died[2]}{', perhaps for want of memory' if died[2] == 'SIGKILL' else ''})"
     if said := re.search(rf"^{_SAYS} \d+: (.*)$", text, re.M):
         return said[1]
