@@ -178,6 +178,7 @@ def test_scheduler_killed_and_workers_late(standin, tmp_path, undisturbed):
     check(out, undisturbed)
 
 
+@pytest.mark.slow  # test_every_run_starts_once asks the same of smaller runs
 def test_two_batches_at_once(standin, tmp_path, undisturbed):
     """Both end well, and no run is made twice."""
     both = [study(standin, tmp_path / "out", workers=w) for w in (2, "null")]
@@ -274,22 +275,47 @@ FAKETIME = next((p for p in (Path("/usr/lib", *there, "faketime", "libfaketimeMT
                  if p.exists()), None)
 
 
-@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (Debian: faketime)")
-def test_a_clock_that_jumps(standin, tmp_path, undisturbed):
-    """Days forwards and backwards while a batch runs: it ends, with the same numbers and no negative or endless times."""
-    clock, out = tmp_path / "clock", tmp_path / "out"
-    clock.write_text("+0")
-    driver = study(standin, out, env=dict(LD_PRELOAD=str(FAKETIME), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1",
-                                          FAKETIME_DONT_FAKE_MONOTONIC="1"))
+def jumping(clock, process, every):
+    """Set a process's clock by days, forwards and backwards, until it ends; how often."""
     jumps = 0
-    while driver.poll() is None:
-        clock.write_text(random.Random(jumps).choice(["+2d", "-2d", "+1h", "-400d", "+0"]))
+    while process.poll() is None:
+        clock.with_suffix(".new").write_text(random.Random(jumps).choice(["+2d", "-2d", "+1h", "-400d", "+0"]))
+        os.replace(clock.with_suffix(".new"), clock)
         jumps += 1
-        time.sleep(1.5)
-    assert driver.returncode == 0 and jumps > 5
+        time.sleep(every)
+    return jumps
+
+
+def false_clock(clock):
+    clock.write_text("+0")
+    return dict(LD_PRELOAD=str(FAKETIME), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", DONT_FAKE_MONOTONIC="1", FAKETIME_DONT_FAKE_MONOTONIC="1")
+
+
+needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (Debian: faketime)")
+
+
+@needs_faketime
+def test_a_clock_that_jumps(standin, tmp_path, undisturbed):
+    """Days forwards and backwards while a run trains: resume points go on, times stay sane, and the numbers are those of an undisturbed run."""
+    clock, out = tmp_path / "clock", tmp_path / "out"
+    given = recipe(standin, open_test=False, seed=0)
+    words = [f"{k}={v}" for k, v in given.items()] + [f"out={out}", "batch=study", "name=control-s0"]
+    trained = subprocess.Popen([sys.executable, "-m", "smart_iqa.runs", *words], env=OWN | false_clock(clock))
+    assert jumping(clock, trained, 0.3) > 5 and trained.returncode == 0
+    journal, = out.glob("study/*/metrics.jsonl")
+    assert pd.read_json(journal, lines=True).seconds.between(0, 600).all() and (journal.parent / "resume.pt").exists()
+    finish({0: Job("train", given, "control-s0")}, out, "study")
+    assert results(out) == {k: v for k, v in undisturbed.items() if k.startswith("control-s0")}
+
+
+@needs_faketime
+@pytest.mark.slow
+def test_a_whole_batch_under_a_clock_that_jumps(standin, tmp_path, undisturbed):
+    """Kernels and workers too."""
+    clock, out = tmp_path / "clock", tmp_path / "out"
+    driver = study(standin, out, env=false_clock(clock))
+    assert jumping(clock, driver, 5) > 5 and driver.returncode == 0
     check(out, undisturbed)
-    for f in out.glob("study/*/metrics.jsonl"):
-        assert pd.read_json(f, lines=True).seconds.between(0, 600).all()
 
 
 def test_workers_of_another_version(tmp_path, monkeypatch):
