@@ -207,7 +207,7 @@ def run_jobs(
                 if how == "done":
                     yield k, _seen(Path(what[0]))
                 elif how == "busy":
-                    say(f"{jobs[k].label or jobs[k].notebook}: another batch works on it; asked again later")
+                    say(f"{jobs[k].label or jobs[k].notebook}: another process works on it; asked again later")
                     waiting.append((time.monotonic() + 2, k))
                 elif what[1] == "DeadKernelError" and (attempts.update([k]) or attempts[k] < ATTEMPTS):
                     say(f"{jobs[k].label or jobs[k].notebook}: its kernel died; attempt {attempts[k] + 1} of {ATTEMPTS}")
