@@ -127,7 +127,6 @@ class _Listing:
 
     def __init__(self, where: Path, now: str):
         self.path, self.where, self.now, self.failed = where / "experiments.json", where, now, {}
-        self.lock = FileLock(where / ".experiments.lock", thread_local=False)
 
     def read(self) -> tuple[dict[str, Path], dict[str, str]]:  # experiment to its finished folder; to what it was made of
         told = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
@@ -135,7 +134,7 @@ class _Listing:
         return done, {k: v for k, v in told.get("made_of", {}).items() if k in done}
 
     def _write(self, change: Callable[[dict, dict], None]):
-        with self.lock:
+        with FileLock(self.where / ".experiments.lock"):  # a new one: one object lets all threads of its process in at once
             done, made = self.read()
             change(done, made)
             write_json(self.path, dict(done={s.notebook: done[s.notebook].name for s in STEPS if s.notebook in done}, failed={k: v.splitlines()[0] for k, v in self.failed.items()}, made_of=made,

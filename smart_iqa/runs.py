@@ -35,7 +35,7 @@ from .data import load_set
 from .devices import Devices, own_device
 from .frozen import FrozenFeed
 from .records import FIT_LOCK, KERNEL_LOCK, hold, hold_here, is_finished, is_held, open_run, read_lines, run_folder, write_json, write_whole
-from .solver import CropFeed, Solver, TrainingError, make_model
+from .solver import CropFeed, Diverged, Solver, TrainingError, make_model
 
 # %% ../nbs/16_runs.ipynb #0fc419fc
 class RunError(RuntimeError):
@@ -400,7 +400,8 @@ def fit_together(
             child.terminate()
             child.wait()
     if code:
-        raise TrainingError(f"{folder}: training in {cfg.processes} processes failed: {_why(log)}\nAll that they said is in {log}; start the same command again to go on from the last resume point")
+        why = _why(log)
+        raise (Diverged if why.startswith("Diverged:") else TrainingError)(f"{folder}: training in {cfg.processes} processes failed: {why}\nAll that they said is in {log}; start the same command again to go on from the last resume point")
 
 
 def _main():

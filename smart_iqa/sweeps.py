@@ -71,7 +71,7 @@ def seeds_of(
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
 # %% ../nbs/18_sweeps.ipynb #8be4e207
-HOPELESS = {"WeightsError": "weights are not on this machine", "TrainingError": "diverged", "DeadKernelError": "killed, or out of memory",
+HOPELESS = {"WeightsError": "weights are not on this machine", "Diverged": "diverged", "DeadKernelError": "killed, or out of memory",
             "OutOfMemoryError": "out of memory"}  # errors that leave a row with a reason; others stop the sweep
 
 
@@ -497,5 +497,5 @@ def is_current(
         return False
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     where = Path(runs) if runs else folder.parent
-    whole = not any(str(m).endswith("not run yet") or any(HOPELESS[k] in str(m) for k in HOPELESS if k != "TrainingError") for m in record.get("missing", []))
+    whole = not any(str(m).endswith("not run yet") or any(HOPELESS[k] in str(m) for k in HOPELESS if k != "Diverged") for m in record.get("missing", []))
     return whole and all(is_finished(where / name) and run_digest(where / name) == digest for name, digest in record.get("inputs", {}).items())

@@ -323,6 +323,7 @@ def finish(
     "Runs, made now where they are missing. RunError of the first that fails, when those that were out with it have ended."
     if noting() is not None:
         return {key: execute(j.notebook, j.parameters, out, batch, j.name) for key, j in jobs.items()}  # noted, not started
+    jobs = {key: Job(j.notebook, _everywhere(j.parameters), j.name, j.label) for key, j in jobs.items()}  # a relative root is another name
     folders = {key: planned_folder(j.notebook, j.parameters, out, batch, j.name) for key, j in jobs.items()}
     todo = [] if only_finished else [key for key, f in folders.items() if not is_finished(f)]
     failed = []

@@ -237,7 +237,7 @@ def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
     log = list_runs(tmp_path, "state == 'failed'", every=True)
     assert len(log) and set(log.lr) == {1e30}
     failed = json.loads((tmp_path / "sweep" / log.run[0] / "failure.json").read_text())
-    assert failed["kind"] == "TrainingError" and "epoch 1" in failed["reason"] and (tmp_path / "sweep" / log.run[0] / failed["configuration"]).exists()
+    assert failed["kind"] == "Diverged" and "epoch 1" in failed["reason"] and (tmp_path / "sweep" / log.run[0] / failed["configuration"]).exists()
 
 
 @pytest.fixture
@@ -325,3 +325,11 @@ def test_workers_of_another_version(tmp_path, monkeypatch):
     with connect(1) as client:
         (_, ended), = run_jobs([Job(nb, {})], tmp_path, client=client)
     assert isinstance(ended, RunError) and "another version" in str(ended)
+
+
+def test_a_relative_root_is_found_again(tmp_path, monkeypatch):
+    """Runs are made and read under one name, whatever directory `root` is told from."""
+    nb = small_notebook(tmp_path / "n.ipynb", "root = None\nfolder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert list(finish({0: Job(nb, dict(root="pics"))}, tmp_path)) == [0]

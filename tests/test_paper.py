@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 
 from smart_iqa.demo import DEMO_NOTE
-from smart_iqa.paper import STEPS, parameters_for, run_paper
+from smart_iqa.paper import STEPS, _Listing, parameters_for, run_paper
 from smart_iqa.records import compare_runs, list_runs, run_digest
 from smart_iqa.runs import RunError, parameters_of
 from smart_iqa.sweeps import arms_figure, caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
@@ -203,3 +205,17 @@ def test_the_whole_demo(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.glob("paper-demo/report-*/record.json")).read_text())
     assert not record["failed"] and {f.split("/")[0] for f in record["files"]} == {"tables", "figures"} and len(record["inputs"]) == len(STEPS)
+
+
+def test_threads_of_one_batch_lose_nothing(tmp_path):
+    """Three experiments that end at once are all in the listing, and it can be read."""
+    names = ("losses", "ranking", "crops")
+    for k in range(5):
+        where = tmp_path / str(k)
+        for n in names:
+            (where / n).mkdir(parents=True)
+            (where / n / "record.json").write_text("{}")
+        listing, gate = _Listing(where, "now"), threading.Barrier(3)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda n: (gate.wait(), listing.finished(n, where / n)), names))
+        assert set(json.loads((where / "experiments.json").read_text())["done"]) == set(names)
