@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'Backbone', 'WeightsError', 'load_backbone_weights', 'hub_answers', 'freeze_norms', 'thaw_norms',
-           'fold_batchnorm', 'for_scoring']
+           'fold_batchnorm', 'for_scoring', 'forward_flops']
 
 # %% ../nbs/07_backbones.ipynb #7ccc71ff
 import copy
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from timm.layers import Conv2dSame, pad_same
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
 
 from .config import check_names
 from .crops import MEAN, STD
@@ -342,3 +343,20 @@ def for_scoring(
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 m.to(torch.bfloat16)
     return fast.to(memory_format=torch.channels_last)
+
+# %% ../nbs/07_backbones.ipynb #294513c9
+def forward_flops(
+    model: nn.Module,
+    x: torch.Tensor,  # its input
+) -> int:             # operations, two a multiply-add
+    "Operations of one forward pass, those of attention among them."
+    fused = {m: m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")}
+    try:
+        for m in fused:
+            m.fused_attn = False
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(x)
+    finally:
+        for m, was in fused.items():
+            m.fused_attn = was
+    return counter.get_total_flops()

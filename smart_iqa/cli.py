@@ -183,7 +183,11 @@ def _watch(out: str):
         folders = [f.parent for f in sorted(Path(out).expanduser().glob("*/*/config.json"))]
         states = states_table({f"{f.parent.name}/{f.name}": f for f in folders})
         at_work = states[states.state != "finished"]
-        _say(("\033[2J\033[H" if sys.stdout.isatty() else "") + (at_work.to_string(index=False) + "\n" if len(at_work) else "") + counts_of(states))
+        try:
+            print(("\033[2J\033[H" if sys.stdout.isatty() else "") + (at_work.to_string(index=False) + "\n" if len(at_work) else "") + counts_of(states), flush=True)
+        except BrokenPipeError:  # nobody looks any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
         time.sleep(3)
 
 
@@ -192,6 +196,8 @@ def runs(args: argparse.Namespace):
     from smart_iqa.records import LOG, compare_runs, list_runs
 
     if args.watch:
+        if other := [f"--{k}" for k in ("where", "columns", "sort", "compare", "csv") if getattr(args, k)]:
+            raise ValueError(f"--watch shows all unfinished runs: leave out {', '.join(other)}")
         return _watch(args.out)
     if args.compare:
         frame = compare_runs(args.compare, args.out)
@@ -415,22 +421,27 @@ def _data_arguments(p: argparse.ArgumentParser):
     a.add_argument("--again", action="store_true", help="replace files that hold another split")
 
 
+def _batch_arguments(p: argparse.ArgumentParser):
+    "Which runs a batch of the paper has."
+    p.add_argument("--only", metavar="A,B,...", help="these experiments: smart-iqa paper --list")
+    p.add_argument("--without", metavar="A,B,...", help="all but these")
+    p.add_argument("--seeds", metavar="0,1,...", help="default: 0,1 (demo), 0,1,2 (lite and paper)")
+    p.add_argument("--recipe", metavar="JSON", help="parameters of train that replace the recipe's in all sweeps, such as '{\"epochs\": 2}'")
+    p.add_argument("--threads", type=_count, metavar="N", help="torch threads of every run (default: as torch chooses)")
+    p.add_argument("--cache", metavar="DIR", help="folder of the caches (default: $SMART_IQA_CACHE or ~/.cache/smart_iqa)")
+
+
 def _plan_arguments(p: argparse.ArgumentParser):
     "What `smart-iqa plan` takes."
     p.add_argument("--profile", choices=("demo", "lite", "paper"), default="paper", help="as of smart-iqa paper (default: paper)")
     p.add_argument("--root", metavar="DIR", help="folder of the image set; without it the published numbers of pictures and rendered pictures of that size are used")
-    p.add_argument("--only", metavar="A,B,...", help="these experiments")
-    p.add_argument("--without", metavar="A,B,...", help="all but these")
-    p.add_argument("--seeds", metavar="0,1,...", help="as of smart-iqa paper")
-    p.add_argument("--recipe", metavar="JSON", help="as of smart-iqa paper")
+    _batch_arguments(p)
     p.add_argument("--workers", type=_count, metavar="N", help="runs at once (default: 1)")
     p.add_argument("--machine", metavar="WORDS", help="another machine: 'a100-80gb devices=4 cores=32 disk_gb=500', or tflops= and memory_gb= of one device, utilisation= where it is known")
     p.add_argument("--against", metavar="RUN", help="compare the projection of this finished run with what it took")
     p.add_argument("--anywhere", action="store_true", help="--against may be of another machine")
     p.add_argument("--steps", type=_count, default=3, metavar="N", help="measured steps of each kind of model (default: 3)")
     p.add_argument("--again", action="store_true", help="measure anew")
-    p.add_argument("--threads", type=_count, metavar="N", help="torch threads of every run")
-    p.add_argument("--cache", metavar="DIR", help="folder of the caches (default: $SMART_IQA_CACHE or ~/.cache/smart_iqa)")
 
 
 def _workers_arguments(p: argparse.ArgumentParser):
@@ -486,13 +497,8 @@ def _parser() -> argparse.ArgumentParser:
     p = command(paper, "paper", epilog="The same command goes on where it was stopped; finished runs are skipped. Exit code: 0 all experiments are there, 1 some failed.")
     p.add_argument("--profile", choices=("demo", "lite", "paper"), default="demo", help="demo: rendered pictures, a laptop; lite: BIQ2021, heads on frozen features; paper: KonIQ-10k, GPUs (default: demo)")
     p.add_argument("--root", metavar="DIR", help="folder of the image set (lite: BIQ2021, paper: KonIQ-10k)")
-    p.add_argument("--only", metavar="A,B,...", help="these experiments: smart-iqa paper --list")
-    p.add_argument("--without", metavar="A,B,...", help="all but these")
-    p.add_argument("--seeds", metavar="0,1,...", help="default: 0,1 (demo), 0,1,2 (lite and paper)")
-    p.add_argument("--recipe", metavar="JSON", help="parameters of train that replace the recipe's in all sweeps, such as '{\"epochs\": 2}'")
     p.add_argument("--sets", metavar="JSON", help="other image sets for cross_dataset: '{\"SPAQ\": {\"dataset\": \"spaq\", \"root\": \"DIR\", \"split\": \"paper\"}}'")
-    p.add_argument("--threads", type=_count, metavar="N", help="torch threads of every run (default: as torch chooses)")
-    p.add_argument("--cache", metavar="DIR", help="folder of the caches (default: $SMART_IQA_CACHE or ~/.cache/smart_iqa)")
+    _batch_arguments(p)
     _workers_arguments(p)
     p.add_argument("--list", action="store_true", help="list the experiments and stop")
     _plan_arguments(command(plan, "plan", out=False, epilog="Measurements are kept in the cache folder and used again until machine, versions or code change."))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'content',
-           'run_id', 'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'keep_memory', 'track']
+           'run_id', 'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'usable_cores', 'span', 'keep_memory',
+           'track']
 
 # %% ../nbs/00_config.ipynb #a337b7e4
 import contextlib
@@ -269,6 +270,20 @@ def cache_dir(
     path = Path(cache or os.environ.get("SMART_IQA_CACHE") or Path.home() / ".cache" / "smart_iqa").expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+# %% ../nbs/00_config.ipynb #d22137b0
+def usable_cores() -> int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def span(
+    seconds: float | None,
+) -> str:  # empty for None and NaN
+    "Seconds as people say them."
+    if seconds is None or math.isnan(seconds):
+        return ""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 # %% ../nbs/00_config.ipynb #0bfe8522
 def keep_memory():

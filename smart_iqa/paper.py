@@ -23,6 +23,7 @@ import pandas as pd
 from filelock import FileLock
 from markdown_it import MarkdownIt
 
+import smart_iqa
 from .config import check_names, fingerprint
 from .records import code_digest, hold, is_finished, write_json
 from .runs import RunError, execute, find_notebook, planned_folder
@@ -117,9 +118,10 @@ def same_notebook(folder: str | Path, notebook: str) -> bool:
 
 
 def made_of(root: str | None = None) -> str:
-    "A digest of what every experiment depends on beside its runs: the package's code, and the label files that lie in the image set's folder."
+    "A digest of what every experiment depends on beside its runs: the package's code, the published numbers, and the label files that lie in the image set's folder."
     labels = sorted(p for p in Path(root).iterdir() if p.suffix.lower() in (".csv", ".json", ".xlsx", ".mat", ".txt", ".parquet")) if root else []
-    return fingerprint([code_digest(), *((p.name, hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest()) for p in labels)])
+    files = [*sorted((Path(smart_iqa.__file__).parent / "data_files").glob("*.csv")), *labels]
+    return fingerprint([code_digest(), *((p.name, hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest()) for p in files)])
 
 
 class _Listing:
@@ -198,9 +200,11 @@ def run_paper(
             one(step)
         pool = ThreadPoolExecutor(SIDE_BY_SIDE)
         try:
-            list(pool.map(one, [s for s in steps if s not in first] if client else []))
+            list(pool.map(one, [s for s in steps if s not in first and s.takes in ("sweep", "sets")] if client else []))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # all are done, or somebody has had enough
+        for step in [s for s in steps if s.takes in ("runs", "models")] if client else []:  # these compute here, and one takes the time: nothing else goes on
+            one(step)
     with ExitStack() as all_of_them:  # nobody makes one again while they are read
         for folder in sorted(listing.read()[0].values()):
             all_of_them.enter_context(hold(folder, say=echo))

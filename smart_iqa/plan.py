@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['NATIVE', 'MACHINES', 'PHASES', 'AGAINST_NOTE', 'PlannedRun', 'asked_runs', 'parts_of', 'planned_runs', 'memory_now',
            'Watch', 'FirstBatches', 'kind_of', 'kind_name', 'measure_kind', 'memory_free', 'step_of', 'matmul_rate',
-           'measure_data', 'measure_start', 'this_machine', 'usable_cores', 'measure', 'kind_key', 'data_key',
-           'Machine', 'describe', 'machine_here', 'Cost', 'cost_of', 'makespan', 'Projection', 'project', 'against',
-           'report']
+           'measure_data', 'measure_start', 'this_machine', 'measure', 'kind_key', 'data_key', 'Machine', 'describe',
+           'machine_here', 'Cost', 'cost_of', 'makespan', 'Projection', 'project', 'against', 'report']
 
 # %% ../nbs/22_plan.ipynb #a293a0a3
 import contextlib
@@ -32,9 +31,9 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
-from .config import Config, cache_dir, check_names, fingerprint, make_config, pick_device, run_id, use_bf16
+from .backbones import forward_flops
+from .config import Config, cache_dir, check_names, fingerprint, make_config, pick_device, run_id, span, usable_cores, use_bf16
 from .crops import crop_batches, grid_plan, normalise, PixelCache
 from .data import find_near_duplicates, load_set, sketch
 from .demo import render_koniq
@@ -298,9 +297,7 @@ def measure_kind(
     watch, base = Watch(0.01), memory_now()[0] if pick_device(cfg.device).type == "cpu" else 0
     model = make_model(cfg)
     one = torch.zeros(1, 3, cfg.crop, cfg.crop, device=device)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.eval()(one)
-    told = dict(kind=kind, parameters=sum(p.numel() for p in model.parameters()), head_parameters=sum(p.numel() for p in model.head_parameters()), flops=counter.get_total_flops(), bf16=use_bf16(cfg.amp, device), batches=[], step_seconds=[], step_memory=[], base_memory=base)
+    told = dict(kind=kind, parameters=sum(p.numel() for p in model.parameters()), head_parameters=sum(p.numel() for p in model.head_parameters()), flops=forward_flops(model.eval(), one), bf16=use_bf16(cfg.amp, device), batches=[], step_seconds=[], step_memory=[], base_memory=base)
 
     def step(b: int):
         feed = _Noise(model, cfg, device, b, steps + 1)
@@ -443,11 +440,6 @@ def this_machine(device: str = "auto", threads: int = 0) -> dict:
     "What identifies measurements: the machine, its versions and the package's code."
     env = environment()
     return {k: env[k] for k in ("python", "system", "cpu", "cores", "gpu", "packages")} | dict(device=str(pick_device(device)), threads=threads or torch.get_num_threads(), affinity=usable_cores(), code=code_digest())
-
-
-def usable_cores() -> int:
-    "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/22_plan.ipynb #ba18577f
 def _fresh(kind: dict, steps: int, budget: float) -> dict:
@@ -685,11 +677,6 @@ def makespan(
     return max(free)
 
 # %% ../nbs/22_plan.ipynb #b694dbcf
-def _hours(s: float) -> str:
-    "Seconds as a person says them."
-    return f"{s:.0f} s" if s < 90 else f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h" if s < 48 * 3600 else f"{s / 86400:.1f} days"
-
-
 def _gb(b: float) -> str: return f"{b / 1e9:.1f} GB" if b < 9.5e11 else f"{b / 1e12:.1f} TB"
 
 
@@ -709,14 +696,14 @@ class Projection:
         "Everything, for a terminal."
         m, t = self.machine, self.totals
         by = self.runs.groupby("experiment", sort=False).agg(runs=("seconds", "size"), seconds=("seconds", "sum"), shared=("shared", "sum"), longest=("seconds", "max")).reset_index()
-        by = pd.DataFrame({"experiment": by.experiment, "runs": by.runs, "time": (by.seconds + by.shared).map(_hours), "of it data and features": by.shared.map(_hours), "longest run": by.longest.map(_hours)})
-        phases = ", ".join(f"{p} {_hours(self.runs[p].sum())}" for p in PHASES)
-        lines = [f"{t['runs']} runs on {m.name}: {_hours(t['wall'])} with {t['at_once']} at once ({_hours(t['seconds'])} one after the other)",
+        by = pd.DataFrame({"experiment": by.experiment, "runs": by.runs, "time": (by.seconds + by.shared).map(span), "of it data and features": by.shared.map(span), "longest run": by.longest.map(span)})
+        phases = ", ".join(f"{p} {span(self.runs[p].sum())}" for p in PHASES)
+        lines = [f"{t['runs']} runs on {m.name}: {span(t['wall'])} with {t['at_once']} at once ({span(t['seconds'])} one after the other)",
                  f"memory {_gb(t['memory'])} a run at most, of {m.memory_gb:.0f} GB; disk {_gb(t['disk'])} at most, {_gb(t['disk_kept'])} kept" + (f", {m.disk_gb:.0f} GB free" if math.isfinite(m.disk_gb) else ""),
                  f"phases: {phases}", "", by.to_string(index=False), "", self.kinds.to_string(index=False)]
         if len(self.shared):
             s = self.shared.groupby("what", sort=False).agg(pieces=("seconds", "size"), seconds=("seconds", "sum"), bytes=("bytes", "sum")).reset_index()
-            lines += ["", pd.DataFrame({"made once": s.what, "pieces": s.pieces, "time": s.seconds.map(_hours), "disk": s.bytes.map(_gb)}).to_string(index=False)]
+            lines += ["", pd.DataFrame({"made once": s.what, "pieces": s.pieces, "time": s.seconds.map(span), "disk": s.bytes.map(_gb)}).to_string(index=False)]
         lines += ["", *(f"PROBLEM: {p}" for p in self.problems), *(f"assumed: {a}" for a in self.assumptions), *(f"not in the plan: {k}: {v}" for k, v in self.left_out.items())]
         return "\n".join(lines).rstrip()
 
@@ -827,7 +814,7 @@ def against(
         wall = (folder / "record.json").stat().st_mtime - time.mktime(time.strptime(env["started"][:19], "%Y-%m-%dT%H:%M:%S"))
         own = cost.total - cost.seconds["start"] - (1 - part) * (cost.seconds["train"] + cost.seconds["validate"])
         rows.append(("whole run, features and baseline found", own, wall, "from the first line of the run's environment to its record"))
-        rows.append(("whole run, features and baseline made", own + sum(s for w, s, _ in cost.shared.values() if "features" in w), wall, f"pictures were decoded before; {_hours(shared)} of preparation in all"))
+        rows.append(("whole run, features and baseline made", own + sum(s for w, s, _ in cost.shared.values() if "features" in w), wall, f"pictures were decoded before; {span(shared)} of preparation in all"))
     table = pd.DataFrame(rows, columns=["what", "projected", "measured", "remark"])
     table.insert(3, "ratio", table.projected / table.measured)
     return table
@@ -861,7 +848,7 @@ def report(
         machine = describe(machine)  # an error in it is told before anything is measured
     if against_run:
         t = against(against_run, again, anywhere, steps, echo)
-        shown = t.assign(projected=t.projected.map(_hours), measured=t.measured.map(_hours), ratio=t.ratio.round(2))
+        shown = t.assign(projected=t.projected.map(span), measured=t.measured.map(span), ratio=t.ratio.round(2))
         return f"{Path(against_run).name}\n{shown.to_string(index=False)}\n{AGAINST_NOTE}"
     runs, left_out = planned_runs(profile, only, without, root=root, recipe=recipe, seeds=seeds, threads=threads, cache=cache)
     told = measure(runs, steps, again=again, echo=echo) if runs else {}

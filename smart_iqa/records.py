@@ -420,12 +420,15 @@ def hold_here(folder: str | Path, name: str = KERNEL_LOCK):
     _kept.append(lock)
 
 
-def is_held(folder: str | Path) -> bool:
+def is_held(
+    folder: str | Path,
+    names: Sequence[str] = (RUN_LOCK, KERNEL_LOCK, FIT_LOCK),  # any of them
+) -> bool:
     "Whether some process works in a folder just now; False where that cannot be seen."
-    for name in (RUN_LOCK, KERNEL_LOCK, FIT_LOCK):
+    for name in names:
         if (path := Path(folder) / name).exists():
             try:
-                with FileLock(path, timeout=0):
+                with FileLock(path, timeout=0.1, poll_interval=0.02):  # somebody else may just be looking, too
                     pass
             except Timeout:
                 return True
@@ -446,21 +449,23 @@ def time_left(
     config: dict,           # of the run: epochs
     history: pd.DataFrame,  # its finished epochs: seconds, val_seconds where they are told
     progress: dict,         # of `config.track`, empty where nothing goes on
-) -> float | None:          # seconds of training that are left; None where nothing tells
+) -> float | None:          # seconds that are left: of training, or before and after it of what goes on; None where nothing tells
     "An estimate from the epochs that are done, or from the one that goes on."
     at_epoch = str(progress.get("what", "")).startswith("epoch ")
     total, here = progress.get("total") or 0, progress.get("done", 0) - progress.get("initial", 0)
     rate = here / progress["seconds"] if here > 0 and progress.get("seconds", 0) > 0 else None
-    if not at_epoch and progress:
-        return (total - progress["done"]) / rate if rate else None
     left = (config.get("epochs") or 0) - len(history)
+    between = bool(progress) and not at_epoch  # preparing, validating, scoring in the end
+    if between and (not len(history) or left <= 0):
+        return (total - progress["done"]) / rate if rate else None
     if len(history):
         each = history.get("seconds", pd.Series(dtype=float)).mean() + history.get("val_seconds", pd.Series([0.0])).fillna(0).mean()
     elif rate:
         each = total / rate
     else:
         return None
-    return max(left - (progress["done"] / total if at_epoch and total else 0), 0) * each
+    done = progress["done"] / total if at_epoch and total else history.seconds.mean() / each if between else 0  # of the epoch that goes on
+    return max(left - done, 0) * each
 
 
 def run_state(
@@ -484,9 +489,7 @@ LOG = ("batch", "run", "what", "dataset", "seed", "state", "epochs", "val_srcc",
 
 def _logged(folder: Path) -> dict:
     "One run folder as a row of the log; the parameters are under their own names."
-    def read(name): return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-
-    config, env, record = read("config.json"), read("environment.json"), read("record.json")
+    config, env, record = (_read(folder / f"{name}.json") for name in ("config", "environment", "record"))
     history = read_lines(folder / "metrics.jsonl")
     last = env | {k: v for change in env.get("resumed", []) for k, v in change.items()}  # what it was finished on
     row = {k: v for k, v in config.items() if not isinstance(v, (dict, list))}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunError', 'experiments', 'find_notebook', 'parameters_of', 'parse_value', 'NothingStarted', 'collect_runs', 'noting',
-           'planned_folder', 'execute', 'train_together', 'fit_together']
+           'planned_folder', 'execute', 'train_together', 'KilledError', 'fit_together']
 
 # %% ../nbs/16_runs.ipynb #79e5facb
 import hashlib
@@ -29,12 +29,12 @@ import torch
 from traitlets.config import Config as TraitConfig
 
 import smart_iqa
-from .config import PROGRESS, Config, check_names, fingerprint, make_config
+from .config import PROGRESS, Config, check_names, fingerprint, make_config, usable_cores
 from .crops import build_cache
 from .data import load_set
 from .devices import Devices, own_device
 from .frozen import FrozenFeed
-from .records import FIT_LOCK, KERNEL_LOCK, hold, hold_here, is_finished, is_held, open_run, read_lines, run_folder, write_json, write_whole
+from .records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, hold, hold_here, is_finished, is_held, open_run, read_lines, run_folder, write_json, write_whole
 from .solver import CropFeed, Diverged, Solver, TrainingError, make_model
 
 # %% ../nbs/16_runs.ipynb #0fc419fc
@@ -319,8 +319,14 @@ def _run_of(
         folder = run_folder(cfg, found, **place)
     if is_finished(folder):
         raise ValueError(f"{folder}: this run is finished")
-    if main and not os.environ.get(_ALIVE) and is_held(folder):
-        raise ValueError(f"{folder}: another process works here; wait for its end")
+    if main:  # from here on, for the pixel cache may take hours
+        by_hand, busy = not os.environ.get(_ALIVE), f"{folder}: another process works here; wait for its end"
+        if by_hand and is_held(folder):
+            raise ValueError(busy)
+        folder.mkdir(parents=True, exist_ok=True)
+        hold_here(folder, FIT_LOCK)
+        if by_hand and is_held(folder, (RUN_LOCK, KERNEL_LOCK)):  # somebody came in between
+            raise ValueError(busy)
     cache = build_cache(found, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
     if not (folder / "environment.json").exists():
         if main:
@@ -332,8 +338,7 @@ def _run_of(
 
 def _threads(cfg: Config, processes: int) -> int:
     "Threads of each of the processes of a machine: they share what was given, or the cores that this process may use."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, (cfg.threads or cores) // processes)
+    return max(1, (cfg.threads or usable_cores()) // processes)
 
 
 def train_together(
@@ -344,8 +349,6 @@ def train_together(
     if rank:
         os.environ.pop(PROGRESS, None)  # one of them reports
     folder, cfg, found, cache = _run_of(arguments, main=rank == 0)
-    if rank == 0:
-        hold_here(folder, FIT_LOCK)
     devices = Devices.of_launcher(cfg.device)
     torch.set_num_threads(_threads(cfg, here))
     cfg, show = replace(cfg, device=str(devices.device)), rank == 0 and sys.stderr.isatty()
@@ -361,6 +364,11 @@ def train_together(
 
 # %% ../nbs/16_runs.ipynb #0982af36
 _SAYS = "smart-iqa process"  # how a process begins the line with its error
+
+
+class KilledError(TrainingError):
+    "One of several processes was ended from outside; the same command goes on."
+
 
 
 def _why(log: Path) -> str:
@@ -401,7 +409,8 @@ def fit_together(
             child.wait()
     if code:
         why = _why(log)
-        raise (Diverged if why.startswith("Diverged:") else TrainingError)(f"{folder}: training in {cfg.processes} processes failed: {why}\nAll that they said is in {log}; start the same command again to go on from the last resume point")
+        kind = Diverged if why.startswith("Diverged:") else KilledError if why.startswith("one was ended by signal") else TrainingError
+        raise kind(f"{folder}: training in {cfg.processes} processes failed: {why}\nAll that they said is in {log}; start the same command again to go on from the last resume point")
 
 
 def _main():

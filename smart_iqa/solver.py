@@ -60,7 +60,7 @@ def make_optimizer(
     groups = [] if cfg.frozen else [dict(params=list(model.backbone.parameters()), tier=0)]
     groups += [dict(params=model.head_parameters(), tier=1)] if new_parts else []
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)  # one pass over weights, gradients and moments instead of ten
+    return kind(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)  # one pass over weights, gradients and moments
 
 # %% ../nbs/13_solver.ipynb #5c7fd4bd
 def _rows(table: pd.DataFrame, split: str) -> np.ndarray:

@@ -71,7 +71,7 @@ def seeds_of(
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
 # %% ../nbs/18_sweeps.ipynb #8be4e207
-HOPELESS = {"WeightsError": "weights are not on this machine", "Diverged": "diverged", "DeadKernelError": "killed, or out of memory",
+HOPELESS = {"WeightsError": "weights are not on this machine", "Diverged": "diverged", "DeadKernelError": "killed, or out of memory", "KilledError": "killed, or out of memory",
             "OutOfMemoryError": "out of memory"}  # errors that leave a row with a reason; others stop the sweep
 
 

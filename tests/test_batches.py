@@ -85,10 +85,13 @@ def victims(driver):
 
 
 def kill(pid):
+    """Kill -9; whether there was something to kill."""
     try:
+        alive = psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+    return alive
 
 
 def gone(pids, within=20):
@@ -102,7 +105,7 @@ def gone(pids, within=20):
 def chaos(root, out, seed, kills, log):
     """Kill processes of a batch at random moments, starting it again where it ends, until it has finished."""
     rng, driver, starts = random.Random(seed), study(root, out, log=log), 1
-    until = time.monotonic() + 900
+    until, hit = time.monotonic() + 900, 0
     while driver.poll() is None or driver.returncode != 0:
         assert time.monotonic() < until and starts < 15, "the batch does not end"
         if driver.poll() is not None:
@@ -117,20 +120,23 @@ def chaos(root, out, seed, kills, log):
         there = victims(driver)
         kind = rng.choice([k for k in ("driver", "kernel", "kernel", "worker") if there[k]])
         everybody = [p for pids in there.values() for p in pids]
-        kill(rng.choice(there[kind]))
-        kills -= 1
+        if not kill(rng.choice(there[kind])):
+            continue  # it has ended by itself
+        kills, hit = kills - 1, hit + 1
         print(f"{time.strftime('%X')} kill -9 of a {kind}; {[f.name for f in Path(out).glob('study/*') if is_finished(f)]} were finished", file=log, flush=True)
         if kind == "driver":
             driver.wait()
             gone(everybody)
+    return hit
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 6))])
 def test_random_kills(standin, tmp_path, undisturbed, seed):
     """kill -9 of kernels, workers and the driver at random moments, three times a batch."""
     with open(tmp_path / "log.txt", "w") as log:
-        chaos(standin, tmp_path / "out", seed, 3, log)
+        hit = chaos(standin, tmp_path / "out", seed, 3, log)
     print((tmp_path / "log.txt").read_text())
+    assert hit, "nothing was killed"
     check(tmp_path / "out", undisturbed)
 
 
@@ -180,12 +186,10 @@ def test_scheduler_killed_and_workers_late(standin, tmp_path, undisturbed):
 
 @pytest.mark.slow  # test_every_run_starts_once asks the same of smaller runs
 def test_two_batches_at_once(standin, tmp_path, undisturbed):
-    """Both end well, and no run is made twice."""
+    """Both end well, with the results of one. That no run is made twice is seen below, with runs that keep a diary."""
     both = [study(standin, tmp_path / "out", workers=w) for w in (2, "null")]
     assert [p.wait(timeout=600) for p in both] == [0, 0]
     check(tmp_path / "out", undisturbed)
-    for folder in (tmp_path / "out" / "study").glob("*"):
-        assert "resumed" not in json.loads((folder / "environment.json").read_text())
 
 
 NOTE = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
@@ -333,3 +337,26 @@ def test_a_relative_root_is_found_again(tmp_path, monkeypatch):
     (tmp_path / "pics").mkdir()
     monkeypatch.chdir(tmp_path)
     assert list(finish({0: Job(nb, dict(root="pics"))}, tmp_path)) == [0]
+
+
+def test_what_killed_a_run_is_asked_again(tmp_path, monkeypatch):
+    """A killed process of a run, a dead kernel: three attempts; what the run itself says is final."""
+    from smart_iqa import workers
+
+    for kind, times in (("KilledError", 3), ("DeadKernelError", 3), ("Diverged", 1)):
+        asked = []
+        monkeypatch.setattr(workers, "_work", lambda job, *a, kind=kind, asked=asked: asked.append(job) or ("failed", ("no", kind, "")))
+        monkeypatch.setattr(workers.time, "sleep", lambda s: None)
+        (_, ended), = run_jobs([Job("train", {})], tmp_path)
+        assert ended.kind == kind and len(asked) == times
+
+
+def test_a_watch_ends_with_its_reader(standin, tmp_path):
+    """`smart-iqa runs --watch | head -1`, and options that it does not know."""
+    execute("train", recipe(standin, epochs=1, open_test=False), tmp_path, echo=None)
+    watch = subprocess.Popen([*CLI, "runs", "--watch", "--out", str(tmp_path)], env=OWN, stdout=subprocess.PIPE, text=True)
+    assert "1 finished" in watch.stdout.readline()
+    watch.stdout.close()
+    assert watch.wait(timeout=60) == 0
+    done = subprocess.run([*CLI, "runs", "--watch", "--where", "seed == 0"], env=OWN, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "--where" in done.stderr
