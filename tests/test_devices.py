@@ -202,7 +202,7 @@ fit_together({str(folder)!r}, make_config(**json.load(open({str(folder / "config
     parent, both = launched(1)
     both[1].kill()
     error = parent.communicate(timeout=60)[1]
-    assert parent.returncode == 1 and "TrainingError" in error and str(folder) in error and "signal 9" in error and "go on" in error
+    assert parent.returncode == 1 and "KilledError" in error and str(folder) in error and "signal 9" in error and "go on" in error
     assert not psutil.wait_procs(both, timeout=3)[1]
     parent, both = launched(2)
     parent.kill()

@@ -139,7 +139,7 @@ def test_planned_runs_are_those_that_a_sweep_would_start(name, standin, monkeypa
     def fail(jobs, out, batch, *more):
         for k, job in enumerate(jobs):
             started.append(planned_folder(job.notebook, job.parameters, out, batch).name)
-            yield k, RunError("stopped by the test", "TrainingError", "")
+            yield k, RunError("stopped by the test", "Diverged", "")
 
     monkeypatch.setattr("smart_iqa.sweeps.run_jobs", fail)
     given = dict(profile="demo", root=str(standin), recipe=json.dumps(RECIPE), seeds="0")
