@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from smart_iqa import plan
+from smart_iqa import plan, probe
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
-from smart_iqa.plan import Machine, PlannedRun, cost_of, data_key, describe, kind_key, kind_of, project
+from smart_iqa.paper import pick_steps
+from smart_iqa.plan import Machine, cost_of, describe, project
+from smart_iqa.planned import PlannedRun, asked_runs, planned_runs
+from smart_iqa.probe import data_key, kind_key, kind_of
 from smart_iqa.records import is_finished, run_folder
 from smart_iqa.runs import RunError, execute, planned_folder
 
@@ -87,10 +90,10 @@ def test_what_does_not_fit_is_named_with_the_mend():
 
 def test_every_sweep_of_the_paper_can_be_asked():
     """The arms are those of the notebooks; a run that two experiments want counts once."""
-    runs, left_out = plan.planned_runs("paper", seeds="0")
+    runs, left_out = planned_runs("paper", seeds="0")
     assert set(left_out) == {"cross_dataset", "attention", "features", "errors", "architecture", "complexity"}
     asked = {e for r in runs for e in r.asked_by}
-    assert asked | set(left_out) == {s.notebook for s in plan.pick_steps()}
+    assert asked | set(left_out) == {s.notebook for s in pick_steps()}
     l1 = [r for r in runs if {"losses", "regularization"} <= set(r.asked_by)]
     assert len(l1) == 1 and len({r.key for r in runs}) == len(runs)
     splits = [r for r in runs if r.asked_by == ("audit",) and r.cfg.split == "random"]
@@ -106,11 +109,11 @@ def test_a_sweep_that_cannot_be_reached_is_an_error(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[cell("profile = None", metadata=dict(tags=["parameters"])), cell(two)])
     nbformat.write(nb, tmp_path / "two.ipynb")
     with pytest.raises(RunError, match="starts 2 sweeps and 1 could be asked"):
-        plan.asked_runs(str(tmp_path / "two.ipynb"), {})
+        asked_runs(str(tmp_path / "two.ipynb"), {})
     nb.cells[1].source = "1 / 0"
     nbformat.write(nb, tmp_path / "two.ipynb")
     with pytest.raises(RunError, match="cannot be planned: ZeroDivisionError"):
-        plan.asked_runs(str(tmp_path / "two.ipynb"), {})
+        asked_runs(str(tmp_path / "two.ipynb"), {})
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ def swept(standin, tmp_path_factory):
 
 def test_planned_runs_are_those_that_were_started(swept):
     given, batch = swept
-    runs, left_out = plan.planned_runs("demo", "main", **{k: v for k, v in given.items() if k != "profile"})
+    runs, left_out = planned_runs("demo", "main", **{k: v for k, v in given.items() if k != "profile"})
     folders = {run_folder(r.cfg, load_set(r.cfg), batch.parent, batch.name) for r in runs}
     assert not left_out and len(folders) == 1
     assert folders == {f for f in batch.iterdir() if is_finished(f) and (f / "splits.csv").exists()}
@@ -144,8 +147,8 @@ def test_planned_runs_are_those_that_a_sweep_would_start(name, standin, monkeypa
     monkeypatch.setattr("smart_iqa.sweeps.run_jobs", fail)
     given = dict(profile="demo", root=str(standin), recipe=json.dumps(RECIPE), seeds="0")
     with pytest.raises(RunError, match="no run of the control"):
-        plan.asked_runs(name, given, collecting=False)
-    runs, _ = plan.planned_runs("demo", name, **{k: v for k, v in given.items() if k != "profile"})
+        asked_runs(name, given, collecting=False)
+    runs, _ = planned_runs("demo", name, **{k: v for k, v in given.items() if k != "profile"})
     expected = [run_folder(r.cfg, load_set(r.cfg), "outputs", "plan").name for r in runs]
     started = list(dict.fromkeys(started))  # two arms may be one run
     assert started and started == expected[: len(started)]  # the first sweep of the notebook
@@ -153,7 +156,7 @@ def test_planned_runs_are_those_that_a_sweep_would_start(name, standin, monkeypa
 
 def test_parts_of_a_set_as_domains():
     """Models are trained on each domain and seed, and scored on all of them."""
-    noted = plan.asked_runs("cross_dataset", dict(profile="demo", domains=json.dumps(dict(a="*-blur-*", b="*-jpeg-*")), seeds="0,1"))
+    noted = asked_runs("cross_dataset", dict(profile="demo", domains=json.dumps(dict(a="*-blur-*", b="*-jpeg-*")), seeds="0,1"))
     kinds = [a["notebook"] for a in noted]
     assert kinds == ["train"] * 4 + ["evaluate"] * 8
     assert {a["parameters"]["checkpoint"] for a in noted[4:]} == {a["folder"] for a in noted[:4]}
@@ -190,15 +193,15 @@ def test_a_report_of_a_batch_reads_well(swept):
 
 def test_bad_input():
     for call, word in ((lambda: plan.report("papper"), "profile"), (lambda: plan.report(steps=0), "steps=0"),
-                       (lambda: plan.report(machine="a100"), "a100-80gb"), (lambda: plan.measure([]), "no run"),
-                       (lambda: plan.planned_runs("paper", only="lossess"), "losses")):
+                       (lambda: plan.report(machine="a100"), "a100-80gb"), (lambda: probe.measure([]), "no run"),
+                       (lambda: planned_runs("paper", only="lossess"), "losses")):
         with pytest.raises(ValueError, match=word):
             call()
-    _, left_out = plan.planned_runs("paper", "losses", recipe=json.dumps(dict(dataset="spaq")))
+    _, left_out = planned_runs("paper", "losses", recipe=json.dumps(dict(dataset="spaq")))
     assert "give root" in left_out["losses"]  # nothing tells how many pictures: a reason, not a guess
 
 
 def test_a_kind_is_measured_at_its_own_batch():
-    told = plan.measure_kind(kind_of(small_config("x", frozen=True, threads=1)), steps=1)
+    told = probe.measure_kind(kind_of(small_config("x", frozen=True, threads=1)), steps=1)
     assert told["batches"] == [1, 2, 8] and told["feature_values"] > 0 and 0 < told["score_seconds"] < told["whole_seconds"]
     assert told["head_parameters"] < told["parameters"]

@@ -9,7 +9,7 @@ from conftest import small_config
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
 from smart_iqa.demo import KONIQ_NOTE, render_koniq
-from smart_iqa.plan import FirstBatches
+from smart_iqa.probe import FirstBatches
 from smart_iqa.runs import execute
 from smart_iqa.solver import CropFeed
 
