@@ -30,7 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import smart_iqa
-from .config import MACHINE, Config, fingerprint, pick_device, run_id, use_bf16
+from .config import MACHINE, PROGRESS, Config, fingerprint, pick_device, run_id, use_bf16
 from .data import ImageSet
 from .metrics import add_seeds, compare, evaluate, evaluate_runs, holm, srcc
 
@@ -336,11 +336,17 @@ def note_environment(
         write_json(path, told | new | ({"resumed": [*told.get("resumed", []), changed]} if changed else {}))
 
 
-def open_run(folder: Path, cfg: Config, found: ImageSet) -> Path:
-    "Make the folder of a run and write what is known at its start; an unfinished run keeps what it has, a finished one is an error."
+def open_run(
+    folder: Path, cfg: Config, found: ImageSet,
+    keep: bool = True,  # hold the folder until this process ends, where no launcher does
+) -> Path:
+    "Make the folder of a run and write what is known at its start; an unfinished run keeps what it has. ValueError for a finished one, Busy where another process works on it."
     if is_finished(folder):
         raise ValueError(f"{folder}: this run is finished; read it with read_run, delete the folder, or change a parameter")
     folder.mkdir(parents=True, exist_ok=True)
+    if keep and os.environ.get(PROGRESS) != str(folder.resolve() / "progress.json"):  # not under `execute`: a notebook that is gone through by hand
+        hold_here(folder, RUN_LOCK, wait=False)
+        hold_here(folder, wait=False)
     write_json(folder / "config.json", asdict(cfg))
     _write_environment(folder, environment(cfg) | dict(seed=cfg.seed, data=found.fingerprint))
     write_whole(folder / "splits.csv", found.table[["image", "split"]].to_csv(index=False))
@@ -382,7 +388,7 @@ class Busy(RuntimeError):
 
 
 RUN_LOCK, KERNEL_LOCK, FIT_LOCK = ".run.lock", ".kernel.lock", ".fit.lock"  # of whoever starts kernels in a folder, of the kernel, and of the processes that it trains with
-_kept: list[FileLock] = []  # locks that end with this process
+_kept: dict[Path, FileLock] = {}  # locks that end with this process
 
 
 @contextmanager
@@ -393,7 +399,9 @@ def hold(
     names: Sequence[str] = (RUN_LOCK, KERNEL_LOCK, FIT_LOCK),  # all of them
 ) -> Iterator[Path]:
     "Hold a folder, which is made where it is missing, against all other processes. All but the first lock are only waited for: those who are started then take them."
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if any(folder / name in _kept for name in names):
+        raise Busy(f"{folder}: this very process works here; restart its kernel first")
     folder.mkdir(parents=True, exist_ok=True)
     locks = [FileLock(folder / name, thread_local=False) for name in names]
     try:
@@ -407,26 +415,33 @@ def hold(
                 lock.acquire(poll_interval=0.5)
         for lock in locks[1:]:
             lock.release()
+        os.listdir(folder)  # NFS looks anew when a directory is opened (close-to-open): what others finished here is seen
         yield folder
     finally:
         for lock in locks:
             lock.release()
 
 
-def hold_here(folder: str | Path, name: str = KERNEL_LOCK):
-    "Hold a folder until this process ends."
-    lock = FileLock(Path(folder) / name, thread_local=False)
-    lock.acquire(poll_interval=0.5)
-    _kept.append(lock)
+def hold_here(folder: str | Path, name: str = KERNEL_LOCK, wait: bool = True):
+    "Hold a folder until this process ends, which it may already do. Busy where another has it and `wait` is False."
+    path = Path(folder).resolve() / name
+    if path in _kept:
+        return
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=-1 if wait else 1, poll_interval=0.2)
+    except Timeout:
+        raise Busy(f"{folder}: another process works here; wait for its end, or shut that kernel down") from None
+    _kept[path] = lock
 
 
 def is_held(
     folder: str | Path,
     names: Sequence[str] = (RUN_LOCK, KERNEL_LOCK, FIT_LOCK),  # any of them
 ) -> bool:
-    "Whether some process works in a folder just now; False where that cannot be seen."
+    "Whether another process works in a folder just now; False where that cannot be seen."
     for name in names:
-        if (path := Path(folder) / name).exists():
+        if (path := Path(folder).resolve() / name).exists() and path not in _kept:
             try:
                 with FileLock(path, timeout=0.1, poll_interval=0.02):  # somebody else may just be looking, too
                     pass

@@ -17,8 +17,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from smart_iqa.records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, is_finished, is_held, list_runs, run_state
-from smart_iqa.runs import RunError, execute
+from smart_iqa.records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, Busy, is_finished, is_held, list_runs, run_state
+from smart_iqa.runs import RunError, execute, planned_folder
 from smart_iqa.sweeps import run_sweep
 from smart_iqa.workers import Job, connect, finish, run_jobs
 
@@ -320,6 +320,31 @@ def test_a_whole_batch_under_a_clock_that_jumps(standin, tmp_path, undisturbed):
     driver = study(standin, out, env=false_clock(clock))
     assert jumping(clock, driver, 5) > 5 and driver.returncode == 0
     check(out, undisturbed)
+
+
+def test_a_notebook_gone_through_by_hand_holds_its_folder(standin, tmp_path):
+    """Without a launcher, open_run holds the folder as long as the kernel lives; and where somebody works already, it says so."""
+    given = recipe(standin, seed=0)
+    folder = planned_folder("train", given, tmp_path)
+    by_hand = f"""
+import sys
+from pathlib import Path
+from smart_iqa.config import make_config
+from smart_iqa.data import load_set
+from smart_iqa.records import open_run
+cfg = make_config(profile="demo", **{given!r})
+open_run(Path({str(folder)!r}), cfg, load_set(cfg))
+print("open", flush=True)
+sys.stdin.read()"""
+    kernel = subprocess.Popen([sys.executable, "-c", by_hand], env=OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert kernel.stdout.readline() == "open\n"
+    with pytest.raises(Busy):
+        execute("train", given, tmp_path, echo=None, wait=False)
+    second = subprocess.run([sys.executable, "-c", by_hand], env=OWN, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert second.returncode and "another process works here" in second.stderr
+    kernel.kill()
+    kernel.wait()
+    assert not is_held(folder)
 
 
 def test_workers_of_another_version(tmp_path, monkeypatch):

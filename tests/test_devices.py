@@ -67,7 +67,7 @@ def opened(folder, standin, **values):
     """A run folder that is open: a small backbone without batch norms, and no dropout (the gate has one), for each process draws its own."""
     given = dict(backbone="test_convnext", use_attention=False, dropout=0.0, drop_path=0.0, epochs=2, cache=str(standin / "cache"))
     cfg = small_config(standin, **given | values)
-    open_run(folder, cfg, load_set(cfg))
+    open_run(folder, cfg, load_set(cfg), keep=False)
     return folder
 
 
