@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'content',
            'run_id', 'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'usable_cores', 'span', 'keep_memory',
-           'track']
+           'track', 'meanwhile']
 
 # %% ../nbs/00_config.ipynb #a337b7e4
 import contextlib
@@ -17,8 +17,9 @@ import math
 import os
 import platform
 import random
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -316,3 +317,24 @@ def track(
                 Path(f"{path}.tmp").write_text(json.dumps(dict(what=what, done=done, total=total, seconds=last - started, initial=initial)))
                 os.replace(f"{path}.tmp", path)
         yield item
+
+# %% ../nbs/00_config.ipynb #d2c68369
+@contextlib.contextmanager
+def meanwhile(
+    look: Callable[[], None],
+    every: float,  # seconds
+) -> Iterator[None]:
+    "Call a function again and again, in a thread, while a block works. What it raises ends the calls, not the block."
+    ended = threading.Event()
+
+    def watch():
+        while not ended.wait(every):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,7 +27,7 @@ import torch
 from PIL import Image
 
 from .backbones import forward_flops
-from .config import Config, cache_dir, fingerprint, make_config, pick_device, usable_cores, use_bf16
+from .config import Config, cache_dir, fingerprint, make_config, meanwhile, pick_device, usable_cores, use_bf16
 from .crops import crop_batches, grid_plan, normalise, PixelCache
 from .data import find_near_duplicates, load_set, sketch
 from .demo import render_koniq
@@ -59,23 +58,16 @@ class Watch:
     @contextlib.contextmanager
     def during(self, phase: str):
         "A phase; yields a dict that has seconds, owned and mapped (bytes, largest) when it is over."
-        self.phase, told, end, t = phase, {}, threading.Event(), time.perf_counter()
+        self.phase, told, t = phase, {}, time.perf_counter()
 
         def look():
             self.rows.append((time.perf_counter() - self.started, *memory_now(), phase))
 
-        def watch():
-            while not end.wait(self.every):
-                look()
-
         look()
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
         try:
-            yield told
+            with meanwhile(look, self.every):
+                yield told
         finally:
-            end.set()
-            thread.join()
             look()
             mine = [r for r in self.rows if r[3] == phase]
             told |= dict(seconds=time.perf_counter() - t, owned=max(r[1] for r in mine), mapped=max(r[2] for r in mine))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MIN_SCENES', 'PART_NAMES', 'Cells', 'RUN_LOCK', 'KERNEL_LOCK', 'FIT_LOCK', 'LOG', 'write_whole',
-           'write_json', 'write_lines', 'append_line', 'read_lines', 'code_commit', 'environment', 'code_digest',
-           'resampling_of', 'part_of', 'summarise', 'compare_arms', 'seen_before', 'cross_cells', 'compare_cells',
-           'is_finished', 'run_folder', 'note_environment', 'open_run', 'read_run', 'run_digest', 'Busy', 'hold',
-           'hold_here', 'is_held', 'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run']
+           'write_json', 'write_lines', 'append_line', 'read_lines', 'versions', 'code_commit', 'environment',
+           'code_digest', 'resampling_of', 'part_of', 'summarise', 'compare_arms', 'seen_before', 'cross_cells',
+           'compare_cells', 'is_finished', 'run_folder', 'note_environment', 'open_run', 'read_run', 'run_digest',
+           'Busy', 'hold', 'hold_here', 'is_held', 'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
 import hashlib
@@ -98,11 +98,14 @@ def read_lines(
 PACKAGES = ("smart_iqa", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "Pillow", "scikit-learn", "papermill")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    "Versions of the packages that numbers depend on; None where one is not installed."
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+    return {p: of(p) for p in PACKAGES}
 
 
 def code_commit() -> str | None:
@@ -129,7 +132,7 @@ def environment(
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return of_run | dict(commit=code_commit(), python=platform.python_version(), system=platform.platform(), cpu=platform.processor() or
                 platform.machine(), cores=os.cpu_count(), gpu=cuda, threads=torch.get_num_threads(),
-                packages={p: _version(p) for p in PACKAGES})
+                packages=versions())
 
 # %% ../nbs/11_records.ipynb #06646d3e
 def code_digest() -> str:

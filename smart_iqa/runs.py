@@ -29,7 +29,7 @@ import torch
 from traitlets.config import Config as TraitConfig
 
 import smart_iqa
-from .config import PROGRESS, Config, check_names, fingerprint, make_config, usable_cores
+from .config import PROGRESS, Config, check_names, fingerprint, make_config, meanwhile, usable_cores
 from .crops import build_cache
 from .data import load_set
 from .devices import Devices, own_device
@@ -133,33 +133,22 @@ def _line(state: dict) -> str:
     return f"{state['what']}: {done}/{state['total']}{left}"
 
 
-class _Watcher:
-    "Shows progress and finished epochs of a run folder until it is closed."
+class _Onlooker:
+    "Shows progress and finished epochs of a run folder."
 
     def __init__(self, folder: Path, echo: Callable[[str], None] | None):
-        self.folder, self.progress, self.echo = folder, folder / "progress.json", echo
-        self.epochs = len(read_lines(folder / "metrics.jsonl"))
+        self.folder, self.echo = folder, echo
+        self.told = len(read_lines(folder / "metrics.jsonl"))  # epochs
         self.tty = echo is print and sys.stderr.isatty()
-        self.stop, self.shown, self.what = threading.Event(), -30.0, ""
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.shown, self.what = -30.0, ""
 
-    def __enter__(self):
-        self.thread.start()
-        return self
+    def look(self):
+        self.progress()
+        self.epochs()
 
-    def __exit__(self, *error):
-        self.stop.set()
-        self.thread.join()
-        self._epochs()
-
-    def _run(self):
-        while not self.stop.wait(1):
-            self._progress()
-            self._epochs()
-
-    def _progress(self):
+    def progress(self):
         try:
-            state = json.loads(self.progress.read_text())
+            state = json.loads((self.folder / "progress.json").read_text())
         except (OSError, json.JSONDecodeError):
             return
         line = _line(state)
@@ -170,13 +159,13 @@ class _Watcher:
             self.shown = time.monotonic()
         self.what = state["what"]
 
-    def _epochs(self):
+    def epochs(self):
         history = read_lines(self.folder / "metrics.jsonl")
-        for row in history.to_dict("records")[self.epochs :] if self.echo else []:
+        for row in history.to_dict("records")[self.told :] if self.echo else []:
             clear = "\r\033[K" if self.tty else ""
             self.echo(f"{clear}epoch {row['epoch']}: train loss {row['train_loss']:.3f}, {'test' if row.get('chosen_on') == 'test' else 'validation'} SRCC {row['val_srcc'] or float('nan'):.4f}, "
                       f"PLCC {row['val_plcc'] or float('nan'):.4f}, {row['seconds']:.0f} s")
-        self.epochs = max(self.epochs, len(history))
+        self.told = max(self.told, len(history))
 
 # %% ../nbs/16_runs.ipynb #baee457a
 def _folder_of(stem: str, given: dict, known: dict, out: Path, batch: str, name: str | None) -> Path:
@@ -268,8 +257,12 @@ def execute(
             say(f"{'going on' if (folder / 'resume.pt').exists() else 'starting'}: {folder}")
             for left in (folder / "failure.json", *folder.glob(".*.tmp")):  # of an attempt that was killed
                 left.unlink(missing_ok=True)
-            with _Watcher(folder, echo):
-                _execute(path, folder, given)
+            onlooker = _Onlooker(folder, echo)
+            try:
+                with meanwhile(onlooker.look, 1):
+                    _execute(path, folder, given)
+            finally:
+                onlooker.epochs()
             (folder / "progress.json").unlink(missing_ok=True)
     except OSError as e:
         raise RunError(f"{folder}: {e.strerror or e}; mend that, or give another out, and the same command goes on", type(e).__name__, str(e)) from None

@@ -6,9 +6,9 @@
 __all__ = ['ATTEMPTS', 'KILLED', 'connect', 'Job', 'run_jobs', 'states_table', 'counts_of', 'LiveTable', 'finish']
 
 # %% ../nbs/17_workers.ipynb #48c4aeb4
+import json
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,9 @@ import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
 
-from .config import FILES, span, usable_cores
-from .records import Busy, code_digest, is_finished, run_state
-from .runs import RunError, execute, noting, planned_folder
+from .config import FILES, fingerprint, meanwhile, span, usable_cores
+from .records import Busy, code_digest, is_finished, run_state, versions
+from .runs import RunError, execute, find_notebook, noting, planned_folder
 
 # %% ../nbs/17_workers.ipynb #a2a816e9
 ATTEMPTS = 3  # at starting workers, and at a run that is killed
@@ -95,10 +95,18 @@ class Job:
     label: str = ""          # what people call it: "l1, seed 0"
 
 
-def _work(job: Job, out: str, batch: str, code: str) -> tuple[str, tuple]:
+def _versions(notebook: str) -> dict[str, str | None]:
+    "What must be the same where a job is wanted and where it is done: the package's code, the notebook's, and versions of packages."
+    path = find_notebook(notebook)
+    cells = [c["source"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    return versions() | {"smart_iqa": code_digest(), f"{path.stem}.ipynb": fingerprint(cells)}
+
+
+def _work(job: Job, out: str, batch: str, wanted: dict[str, str | None]) -> tuple[str, tuple]:
     "Do one job, on a worker: done, busy (another process has it) or failed, and the arguments of the error."
-    if code_digest() != code:
-        return "failed", ("this worker has another version of smart_iqa than the driver: install the same on all machines, and start the workers again", "CodeError", "")
+    here = _versions(job.notebook)
+    if other := ", ".join(k for k, v in wanted.items() if here.get(k) != v):
+        return "failed", (f"this worker has another version of {other} than the driver: install the same on all machines, and start the workers again", "CodeError", other)
     try:
         return "done", (str(execute(job.notebook, job.parameters, out, batch, job.name, echo=None, wait=False)),)
     except Busy:
@@ -181,7 +189,7 @@ def run_jobs(
     echo: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Path | RunError]]:   # number of a job, and its folder or why it failed; in the order in which they end
     "Start what is missing, skip what is finished. RunError is raised only where the scheduler is lost; stop early by leaving the loop."
-    out, say, code = str(Path(out).expanduser().resolve()), echo or (lambda text: None), code_digest()
+    out, say = str(Path(out).expanduser().resolve()), echo or (lambda text: None)
     jobs = [Job(j.notebook, _everywhere(j.parameters), j.name, j.label) for j in jobs]
     doer, attempts, flying = _Many(client, say) if client else _Alone(), Counter(), set()
     waiting = [(0.0, k) for k in range(len(jobs))]  # not before, job
@@ -195,7 +203,7 @@ def run_jobs(
                     yield k, RunError(reason, "Skipped", reason)
                 else:
                     flying.add(k)
-                    doer.submit(k, jobs[k], out, batch, code)
+                    doer.submit(k, jobs[k], out, batch, _versions(jobs[k].notebook))
                     if client: continue
             elif not flying:
                 time.sleep(0.5)
@@ -255,8 +263,8 @@ class LiveTable:
         every: float = 2.0,                      # seconds
         echo: Callable[[str], None] | None = print,  # where there is neither notebook nor terminal; None: silence
     ):
-        self.folders, self.every, self.echo = folders, every, echo
-        self.stop, self.thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
+        self.folders, self.echo = folders, echo
+        self.looking, self.ended = meanwhile(self._look, every), False
         self.in_kernel = getattr(get_ipython(), "kernel", None) is not None
         self.handle, self.live, self.said, self.line = None, None, time.monotonic(), ""
 
@@ -271,21 +279,17 @@ class LiveTable:
                 self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         if self.live:
             self.live.start()
-        self.thread.start()
+        self.looking.__enter__()
         return self
 
     def __exit__(self, *error):
-        self.stop.set()
-        self.thread.join()
+        self.looking.__exit__(None, None, None)
+        self.ended = True
         try:
             self._look()
         finally:
             if self.live:
                 self.live.stop()
-
-    def _run(self):
-        while not self.stop.wait(self.every):
-            self._look()
 
     def _look(self):
         try:
@@ -300,7 +304,7 @@ class LiveTable:
             self.handle.update(HTML(f"<p>{line}</p>" + states.to_html(index=False, border=0)))
         elif self.live:
             self.live.update(_rich(states[~states.state.isin(["finished", "waiting"])], line), refresh=True)
-        elif self.echo and line != self.line and (time.monotonic() - self.said > 30 or self.stop.is_set()):
+        elif self.echo and line != self.line and (time.monotonic() - self.said > 30 or self.ended):
             self.echo(line)
             self.line, self.said = line, time.monotonic()
 

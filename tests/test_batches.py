@@ -17,6 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from smart_iqa import workers
 from smart_iqa.records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, Busy, is_finished, is_held, list_runs, run_state
 from smart_iqa.runs import RunError, execute, planned_folder
 from smart_iqa.sweeps import run_sweep
@@ -347,13 +348,16 @@ sys.stdin.read()"""
     assert not is_held(folder)
 
 
-def test_workers_of_another_version(tmp_path, monkeypatch):
-    """A worker that would compute with other code refuses."""
+@pytest.mark.parametrize("other", ["smart_iqa", "torch", "n.ipynb"])
+def test_workers_of_another_version(other, tmp_path, monkeypatch):
+    """A worker that would compute with other code, other packages or another notebook refuses."""
     nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
-    monkeypatch.setattr("smart_iqa.workers.code_digest", lambda: "other")
+    here = workers._versions(nb)
+    assert other in here
+    monkeypatch.setattr(workers, "_versions", lambda notebook: here | {other: "another"})
     with connect(1) as client:
         (_, ended), = run_jobs([Job(nb, {})], tmp_path, client=client)
-    assert isinstance(ended, RunError) and "another version" in str(ended)
+    assert isinstance(ended, RunError) and f"another version of {other} than the driver" in str(ended)
 
 
 def test_a_relative_root_is_found_again(tmp_path, monkeypatch):
@@ -366,8 +370,6 @@ def test_a_relative_root_is_found_again(tmp_path, monkeypatch):
 
 def test_what_killed_a_run_is_asked_again(tmp_path, monkeypatch):
     """A killed process of a run, a dead kernel: three attempts; what the run itself says is final."""
-    from smart_iqa import workers
-
     for kind, times in (("KilledError", 3), ("DeadKernelError", 3), ("Diverged", 1)):
         asked = []
         monkeypatch.setattr(workers, "_work", lambda job, *a, kind=kind, asked=asked: asked.append(job) or ("failed", ("no", kind, "")))
