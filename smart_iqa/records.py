@@ -10,6 +10,7 @@ __all__ = ['PACKAGES', 'MIN_SCENES', 'PART_NAMES', 'Cells', 'RUN_LOCK', 'KERNEL_
            'Busy', 'hold', 'hold_here', 'is_held', 'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
+import errno
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 import smart_iqa
 from .config import MACHINE, PROGRESS, Config, fingerprint, pick_device, run_id, use_bf16
@@ -394,6 +395,16 @@ RUN_LOCK, KERNEL_LOCK, FIT_LOCK = ".run.lock", ".kernel.lock", ".fit.lock"  # of
 _kept: dict[Path, FileLock] = {}  # locks that end with this process
 
 
+def _take(lock: FileLock, timeout: float, poll: float = 0.2):
+    "Acquire a lock of the operating system. Timeout where another has it; OSError where the file system has none, for a file in its place would outlive its holder."
+    with suppress(NotImplementedError):  # older filelock; newer ones change to such a file
+        lock.acquire(timeout=timeout, poll_interval=poll)
+        if not isinstance(lock, SoftFileLock):
+            return
+        lock.release()
+    raise OSError(errno.ENOSYS, "this file system has no file locks (Lustre has them when it is mounted with flock)")
+
+
 @contextmanager
 def hold(
     folder: str | Path,
@@ -410,12 +421,12 @@ def hold(
     try:
         for lock in locks:
             try:
-                lock.acquire(timeout=0.2)
+                _take(lock, 0.2, 0.05)
             except Timeout:
                 if not wait:
                     raise Busy(f"{folder}: another process works here") from None
                 say(f"waiting for another process that works in {folder}")
-                lock.acquire(poll_interval=0.5)
+                _take(lock, -1, 0.5)
         for lock in locks[1:]:
             lock.release()
         os.listdir(folder)  # NFS looks anew when a directory is opened (close-to-open): what others finished here is seen
@@ -432,7 +443,7 @@ def hold_here(folder: str | Path, name: str = KERNEL_LOCK, wait: bool = True):
         return
     lock = FileLock(path, thread_local=False)
     try:
-        lock.acquire(timeout=-1 if wait else 1, poll_interval=0.2)
+        _take(lock, -1 if wait else 1)
     except Timeout:
         raise Busy(f"{folder}: another process works here; wait for its end, or shut that kernel down") from None
     _kept[path] = lock

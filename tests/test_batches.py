@@ -2,6 +2,7 @@
 
 Afterwards every run is finished once, and its numbers are those of an undisturbed batch.
 """
+import errno
 import json
 import os
 import random
@@ -220,8 +221,6 @@ def test_every_run_starts_once(tmp_path):
 def test_stale_locks(tmp_path):
     """Lock files that a dead process left hold nothing, whatever stands in them."""
     nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
-    from smart_iqa.runs import planned_folder
-
     folder = planned_folder(nb, {}, tmp_path)
     folder.mkdir(parents=True)
     for name in (RUN_LOCK, KERNEL_LOCK, FIT_LOCK):
@@ -230,6 +229,21 @@ def test_stale_locks(tmp_path):
     (folder / ".record.json.123.tmp").write_text("{")
     assert run_state(folder)["state"] == "waiting"
     assert execute(nb, {}, tmp_path, echo=None) == folder and not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Lustre without its option flock answers ENOSYS: an error with the mend, and no lock that a killed process would leave behind."""
+    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(fd, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RunError, match="no file locks.*another out"):
+        execute(nb, {}, tmp_path, echo=None)
+    monkeypatch.undo()
+    assert is_finished(execute(nb, {}, tmp_path, echo=None, wait=False))
 
 
 def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
