@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'PROGRESS', 'Config', 'check_names', 'make_config', 'fingerprint', 'content',
            'run_id', 'seed_everything', 'pick_device', 'use_bf16', 'cache_dir', 'usable_cores', 'span', 'keep_memory',
-           'track', 'meanwhile']
+           'take_lock', 'locked', 'track', 'meanwhile']
 
 # %% ../nbs/00_config.ipynb #a337b7e4
 import contextlib
 import ctypes
 import difflib
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, SoftFileLock, Timeout
 from tqdm import tqdm
 
 # %% ../nbs/00_config.ipynb #36d5a062
@@ -294,6 +297,39 @@ def keep_memory():
         libc.mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap is not trimmed
 
+# %% ../nbs/00_config.ipynb #10d231f0
+def take_lock(
+    path: Path,
+    timeout: float = -1,  # seconds; -1: as long as it takes
+    poll: float = 0.2,    # seconds between two attempts
+) -> FileLock:            # acquired; to be released
+    "Acquire a lock of the operating system. filelock.Timeout where another process has it; OSError where the file system has no such locks."
+    lock = FileLock(path, thread_local=False)
+    while True:
+        try:
+            lock.acquire(timeout=timeout if timeout >= 0 else 2, poll_interval=poll)
+            if not isinstance(lock, SoftFileLock):
+                return lock
+            lock.release()
+        except NotImplementedError:  # older filelock; newer ones change to a lock that is a file
+            pass
+        except Timeout:
+            if not isinstance(lock, SoftFileLock):
+                if timeout < 0:
+                    continue
+                raise
+        raise OSError(errno.ENOSYS, f"{Path(path).parent}: this file system has no file locks (Lustre has them when it is mounted with flock)")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    "Hold a lock, in threads too, while a block works. Errors as of `take_lock`."
+    lock = take_lock(path)
+    try:
+        yield
+    finally:
+        lock.release()
+
 # %% ../nbs/00_config.ipynb #caea8a95
 PROGRESS = "SMART_IQA_PROGRESS"  # environment variable: the file, where a launcher wants one
 
@@ -324,12 +360,18 @@ def meanwhile(
     look: Callable[[], None],
     every: float,  # seconds
 ) -> Iterator[None]:
-    "Call a function again and again, in a thread, while a block works. What it raises ends the calls, not the block."
+    "Call a function again and again, in a thread, while a block works, and once more in the end. What it raises is logged: who looks on harms nobody."
     ended = threading.Event()
+
+    def safely():
+        try:
+            look()
+        except Exception as e:
+            logging.getLogger(__name__).warning("cannot look on: %s: %s", type(e).__name__, e)
 
     def watch():
         while not ended.wait(every):
-            look()
+            safely()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -338,3 +380,4 @@ def meanwhile(
     finally:
         ended.set()
         thread.join()
+        safely()

@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from .config import cache_dir, fingerprint, track
+from .config import cache_dir, fingerprint, locked, track
 from .data import ImageSet, check_parts, settle
 from .images import pixels_or_reason
 
@@ -110,7 +109,7 @@ def build_cache(
     stats = [(n, s.st_size, s.st_mtime_ns) for n in names for s in [images.path(n).stat()]]
     path = cache_dir(folder) / f"{images.name}-{size}-{fit}-{fingerprint([_DECODING, size, fit, stats], 16)}.u8"
     index_path, bad_path, part, journal = (path.with_suffix(e) for e in (".csv", ".bad.json", ".part", ".rows"))
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if not index_path.exists():                            # the index is written last
             if path.exists() and not part.exists():            # died between the last two steps
                 os.replace(path, part)

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .config import cache_dir, fingerprint, track
+from .config import cache_dir, fingerprint, take_lock, track
 from .images import ImageError, load_image
 from .records import write_whole
 from .scoring import Score, Scorer, ahead
@@ -310,9 +310,8 @@ def _alone(out: str | Path | None):
         return
     folder = cache_dir() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{fingerprint(str(Path(out).resolve()))}.lock", timeout=0)
     try:
-        lock.acquire()
+        lock = take_lock(folder / f"{fingerprint(str(Path(out).resolve()))}.lock", 0)
     except Timeout:
         raise ValueError(f"{out}: another process is writing to it; wait for it, or give another --out") from None
     try:

@@ -13,13 +13,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from .config import Config, cache_dir, fingerprint, track, use_bf16
+from .config import Config, cache_dir, fingerprint, locked, track, use_bf16
 from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_plan, share
 from .metrics import srcc
 from .solver import CropFeed, make_model
@@ -48,7 +47,7 @@ def compute_features(
     bf16 = use_bf16(cfg.amp, device)
     crops = hashlib.blake2b(np.stack([plan.row, plan.top, plan.left, plan.flip]).tobytes(), digest_size=8).hexdigest()
     path = cache_dir(cfg.cache) / f"features-{fingerprint([kind, cache.path.name, weights_digest(model), crops, cfg.crop, bf16], 16)}.npy"
-    with FileLock(path.with_suffix(".lock")):  # who comes second waits, and finds the file
+    with locked(path.with_suffix(".lock")):  # who comes second waits, and finds the file
         if path.exists():
             return np.load(path, mmap_mode="r")
         model.eval()

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from filelock import FileLock
 from markdown_it import MarkdownIt
 
 import smart_iqa
-from .config import check_names, fingerprint
+from .config import check_names, fingerprint, locked
 from .records import code_digest, hold, is_finished, write_json
 from .runs import RunError, execute, find_notebook, planned_folder
 from .sweeps import RECIPES, is_current, seeds_of
@@ -136,7 +135,7 @@ class _Listing:
         return done, {k: v for k, v in told.get("made_of", {}).items() if k in done}
 
     def _write(self, change: Callable[[dict, dict], None]):
-        with FileLock(self.where / ".experiments.lock"):  # a new one: one object lets all threads of its process in at once
+        with locked(self.where / ".experiments.lock"):  # a new one: one object lets all threads of its process in at once
             done, made = self.read()
             change(done, made)
             write_json(self.path, dict(done={s.notebook: done[s.notebook].name for s in STEPS if s.notebook in done}, failed={k: v.splitlines()[0] for k, v in self.failed.items()}, made_of=made,

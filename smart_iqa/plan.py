@@ -10,9 +10,9 @@ __all__ = ['MACHINES', 'NATIVE', 'PHASES', 'AGAINST_NOTE', 'Machine', 'describe'
 import json
 import math
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -258,7 +258,8 @@ def project(
     table, shared = pd.DataFrame(rows), pd.DataFrame(pieces, columns=["what", "seconds", "bytes"])
     room = max(told["machine"]["affinity"] // told["machine"]["threads"], 1) if on_cpu else machine.devices
     at_once, each = min(workers, room), table.seconds + table.shared
-    kept, working = table.disk_kept.sum() + shared.bytes.sum(), np.sort((table.disk_working - table.disk_kept).to_numpy())[::-1][:at_once].sum()
+    together = min(workers, len(runs)) if on_cpu else at_once  # more workers than room for them share the cores, and are no faster; each has its memory
+    kept, working = table.disk_kept.sum() + shared.bytes.sum(), np.sort((table.disk_working - table.disk_kept).to_numpy())[::-1][:together].sum()
     totals = dict(runs=len(runs), seconds=each.sum(), wall=makespan(each, at_once), at_once=at_once, memory=table.memory.max(), disk=kept + working, disk_kept=kept)
 
     kinds = []
@@ -269,7 +270,7 @@ def project(
         used = 3 * kind["flops"] * max(kind["batches"]) / step_of(kind, max(kind["batches"])) / rate
         kinds.append({"kind": name, "runs": len(these), "step": f"{cost.step:.2g} s", "crops/s": f"{cfg.batch_size / cost.step:.3g}" if cost.step else "", "memory": _gb(cost.memory),
                       "of peak rate here": "" if cfg.frozen else f"{used:.0%}", "batch measured": f"{max(kind['batches'])} of {cfg.batch_size}" if not cost.batch_measured else "yes"})
-        many = at_once if on_cpu else math.ceil(at_once / machine.devices)
+        many = together if on_cpu else math.ceil(at_once / machine.devices)
         if cost.memory * many > machine.memory_gb * 1e9:
             base = kind["base_memory"] if machine.described else 0
             problems.append(f"{name}: needs {_gb(cost.memory)}{f' x {many} at once' if many > 1 else ''}, {machine.name} has {machine.memory_gb:.0f} GB: {_mend_memory(kind, cfg, machine.memory_gb * 1e9 / many, base)}"
@@ -289,7 +290,7 @@ def project(
                    "decoding on all cores is that many times faster",
                    "not counted: fitting ridge regressions, writing checkpoints, and the tables and figures of the experiments themselves",
                    f"a model reaches the same part of the rate of matrix products on {machine.name} as here, unless utilisation= is given" if machine.described and not machine.utilisation else "",
-                   f"workers beyond {at_once} at once do not help" if workers > at_once else "",
+                   f"workers beyond {at_once} at once make it no faster" if workers > at_once else "",
                    f"pictures of {', '.join(sorted({r.cfg.dataset for r in runs if not r.cfg.root and r.cfg.dataset not in NATIVE}))} are of 1024 x 768: root was not given" if any(not r.cfg.root and r.cfg.dataset not in NATIVE for r in runs) else "",
                    "a kind whose batch was not measured is projected along a line through smaller batches" if not all(c.batch_measured for c in costs) else ""]
     return Projection(machine, table, pd.DataFrame(kinds), shared, totals, problems, [a for a in assumptions if a], dict(left_out or {}))
@@ -323,12 +324,13 @@ def against(
     told = measure([run], steps, again=again, echo=echo)
     cost, done = cost_of(run, told, machine_here(told)), len(history)
     part = done / cfg.epochs
-    rows = [("training", cost.seconds["train"] * part, history.seconds.sum(), f"{done} epochs")]
+    rows = [("training", cost.seconds["train"] * part, history.seconds.sum(), f"{done} epochs" + (f"; the run had {cfg.processes} processes, the projection has one" if cfg.processes > 1 else ""))]
     if "val_seconds" in history and history.val_seconds.notna().all():
         rows.append(("validation", cost.seconds["validate"] * part, history.val_seconds.sum(), f"{done} epochs"))
     shared = sum(s for _, s, _ in cost.shared.values())
-    if not env.get("resumed") and env.get("started"):
-        wall = (folder / "record.json").stat().st_mtime - time.mktime(time.strptime(env["started"][:19], "%Y-%m-%dT%H:%M:%S"))
+    if not env.get("resumed") and env.get("finished"):
+        start, end = (datetime.strptime(env[k], "%Y-%m-%dT%H:%M:%S%z") for k in ("started", "finished"))
+        wall = (end - start).total_seconds()
         own = cost.total - cost.seconds["start"] - (1 - part) * (cost.seconds["train"] + cost.seconds["validate"])
         rows.append(("whole run, features and baseline found", own, wall, "from the first line of the run's environment to its record"))
         rows.append(("whole run, features and baseline made", own + sum(s for w, s, _ in cost.shared.values() if "features" in w), wall, f"pictures were decoded before; {span(shared)} of preparation in all"))

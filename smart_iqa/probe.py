@@ -68,7 +68,6 @@ class Watch:
             with meanwhile(look, self.every):
                 yield told
         finally:
-            look()
             mine = [r for r in self.rows if r[3] == phase]
             told |= dict(seconds=time.perf_counter() - t, owned=max(r[1] for r in mine), mapped=max(r[2] for r in mine))
 

@@ -6,11 +6,11 @@
 __all__ = ['PACKAGES', 'MIN_SCENES', 'PART_NAMES', 'Cells', 'RUN_LOCK', 'KERNEL_LOCK', 'FIT_LOCK', 'LOG', 'write_whole',
            'write_json', 'write_lines', 'append_line', 'read_lines', 'versions', 'code_commit', 'environment',
            'code_digest', 'resampling_of', 'part_of', 'summarise', 'compare_arms', 'seen_before', 'cross_cells',
-           'compare_cells', 'is_finished', 'run_folder', 'note_environment', 'open_run', 'read_run', 'run_digest',
-           'Busy', 'hold', 'hold_here', 'is_held', 'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run']
+           'compare_cells', 'is_finished', 'check_unfinished', 'run_folder', 'last_environment', 'note_environment',
+           'open_run', 'read_run', 'run_digest', 'Busy', 'hold', 'hold_here', 'hold_by_hand', 'is_held', 'time_left',
+           'run_state', 'list_runs', 'compare_runs', 'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
-import errno
 import hashlib
 import json
 import math
@@ -20,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,10 +28,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 import smart_iqa
-from .config import MACHINE, PROGRESS, Config, fingerprint, pick_device, run_id, use_bf16
+from .config import MACHINE, PROGRESS, Config, fingerprint, pick_device, run_id, take_lock, use_bf16
 from .data import ImageSet
 from .metrics import add_seeds, compare, evaluate, evaluate_runs, holm, srcc
 
@@ -303,6 +303,12 @@ def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 
 
+def check_unfinished(folder: str | Path):
+    "ValueError where a run is finished."
+    if is_finished(folder):
+        raise ValueError(f"{folder}: this run is finished; read it with read_run, delete the folder, or change a parameter")
+
+
 def run_folder(
     cfg: Config, found: ImageSet,
     out: str | Path = "outputs",  # where batches lie
@@ -313,12 +319,19 @@ def run_folder(
     return Path(out).expanduser() / batch / run_id(cfg, found.fingerprint, name)
 
 
+def last_environment(
+    told: dict,  # of environment.json
+) -> dict:
+    "What a run ran on last: as it began, with the changes of all its resumptions."
+    return told | {k: v for change in told.get("resumed", []) for k, v in change.items()}
+
+
 def _write_environment(folder: Path, now: dict):
     "Write what a run runs on; where it goes on under other code or on another machine, keep the first and add the change."
     path = folder / "environment.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if before is not None:
-        last = {**before, **(before.get("resumed") or [{}])[-1]}
+        last = last_environment(before)
         if changed := {k: v for k, v in now.items() if last.get(k) != v}:
             print(f"going on under changed {', '.join(changed)}: recorded in environment.json")
             before["resumed"] = [*before.get("resumed", []), changed]
@@ -333,7 +346,7 @@ def note_environment(
     "Add to what a run runs on something that only its training knows; where a resumed run changes it, the first is kept and the change added."
     path = folder / "environment.json"
     told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    last = told | {k: v for change in told.get("resumed", []) for k, v in change.items()}
+    last = last_environment(told)
     new = {k: v for k, v in facts.items() if add and k not in last and v is not None}
     changed = {k: v for k, v in facts.items() if k in last and last[k] != v}
     if new or changed:
@@ -345,12 +358,11 @@ def open_run(
     keep: bool = True,  # hold the folder until this process ends, where no launcher does
 ) -> Path:
     "Make the folder of a run and write what is known at its start; an unfinished run keeps what it has. ValueError for a finished one, Busy where another process works on it."
-    if is_finished(folder):
-        raise ValueError(f"{folder}: this run is finished; read it with read_run, delete the folder, or change a parameter")
+    check_unfinished(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if keep and os.environ.get(PROGRESS) != str(folder.resolve() / "progress.json"):  # not under `execute`: a notebook that is gone through by hand
-        hold_here(folder, RUN_LOCK, wait=False)
-        hold_here(folder, wait=False)
+    launched = PROGRESS in os.environ and Path(os.environ[PROGRESS]).parent.resolve() == folder.resolve()
+    if keep and not launched:  # a notebook that is gone through by hand, or torchrun
+        hold_by_hand(folder)
     write_json(folder / "config.json", asdict(cfg))
     _write_environment(folder, environment(cfg) | dict(seed=cfg.seed, data=found.fingerprint))
     write_whole(folder / "splits.csv", found.table[["image", "split"]].to_csv(index=False))
@@ -395,16 +407,6 @@ RUN_LOCK, KERNEL_LOCK, FIT_LOCK = ".run.lock", ".kernel.lock", ".fit.lock"  # of
 _kept: dict[Path, FileLock] = {}  # locks that end with this process
 
 
-def _take(lock: FileLock, timeout: float, poll: float = 0.2):
-    "Acquire a lock of the operating system. Timeout where another has it; OSError where the file system has none, for a file in its place would outlive its holder."
-    with suppress(NotImplementedError):  # older filelock; newer ones change to such a file
-        lock.acquire(timeout=timeout, poll_interval=poll)
-        if not isinstance(lock, SoftFileLock):
-            return
-        lock.release()
-    raise OSError(errno.ENOSYS, "this file system has no file locks (Lustre has them when it is mounted with flock)")
-
-
 @contextmanager
 def hold(
     folder: str | Path,
@@ -417,22 +419,22 @@ def hold(
     if any(folder / name in _kept for name in names):
         raise Busy(f"{folder}: this very process works here; restart its kernel first")
     folder.mkdir(parents=True, exist_ok=True)
-    locks = [FileLock(folder / name, thread_local=False) for name in names]
+    taken = []
     try:
-        for lock in locks:
+        for name in names:
             try:
-                _take(lock, 0.2, 0.05)
+                taken.append(take_lock(folder / name, 0.2, 0.05))
             except Timeout:
                 if not wait:
                     raise Busy(f"{folder}: another process works here") from None
                 say(f"waiting for another process that works in {folder}")
-                _take(lock, -1, 0.5)
-        for lock in locks[1:]:
+                taken.append(take_lock(folder / name, poll=0.5))
+        for lock in taken[1:]:
             lock.release()
         os.listdir(folder)  # NFS looks anew when a directory is opened (close-to-open): what others finished here is seen
         yield folder
     finally:
-        for lock in locks:
+        for lock in taken:
             lock.release()
 
 
@@ -441,12 +443,25 @@ def hold_here(folder: str | Path, name: str = KERNEL_LOCK, wait: bool = True):
     path = Path(folder).resolve() / name
     if path in _kept:
         return
-    lock = FileLock(path, thread_local=False)
     try:
-        _take(lock, -1 if wait else 1)
+        _kept[path] = take_lock(path, -1 if wait else 1)
     except Timeout:
         raise Busy(f"{folder}: another process works here; wait for its end, or shut that kernel down") from None
-    _kept[path] = lock
+
+
+def hold_by_hand(folder: str | Path):
+    "Hold a folder until this process ends, as a launcher would hold it. Busy, and nothing is held that was not before, where another process works here."
+    before = set(_kept)
+    try:
+        for name in (RUN_LOCK, KERNEL_LOCK):
+            hold_here(folder, name, wait=False)
+        if is_held(folder, (FIT_LOCK,)):
+            raise Busy(f"{folder}: several processes train here; wait for their end")
+        check_unfinished(folder)  # it may have been finished just now
+    except BaseException:
+        for path in set(_kept) - before:
+            _kept.pop(path).release()
+        raise
 
 
 def is_held(
@@ -457,11 +472,10 @@ def is_held(
     for name in names:
         if (path := Path(folder).resolve() / name).exists() and path not in _kept:
             try:
-                with FileLock(path, timeout=0.1, poll_interval=0.02):  # somebody else may just be looking, too
-                    pass
+                take_lock(path, 0.1, 0.02).release()  # somebody else may just be looking, too
             except Timeout:
                 return True
-            except OSError:  # a folder that may only be read
+            except OSError:  # a folder that may only be read, or is without locks
                 continue
     return False
 
@@ -520,7 +534,7 @@ def _logged(folder: Path) -> dict:
     "One run folder as a row of the log; the parameters are under their own names."
     config, env, record = (_read(folder / f"{name}.json") for name in ("config", "environment", "record"))
     history = read_lines(folder / "metrics.jsonl")
-    last = env | {k: v for change in env.get("resumed", []) for k, v in change.items()}  # what it was finished on
+    last = last_environment(env)  # what it was finished on
     row = {k: v for k, v in config.items() if not isinstance(v, (dict, list))}
     row |= dict(batch=folder.parent.name, run=folder.name, what=record.get("method") or config.get("method"), dataset=record.get("dataset") or config.get("dataset"),
                 state=run_state(folder)["state"], epochs=len(history), seconds=record.get("seconds"), stopped=record.get("stopped"), note=record.get("note"),

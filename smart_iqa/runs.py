@@ -34,7 +34,7 @@ from .crops import build_cache
 from .data import load_set
 from .devices import Devices, own_device
 from .frozen import FrozenFeed
-from .records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, hold, hold_here, is_finished, is_held, open_run, read_lines, run_folder, write_json, write_whole
+from .records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, check_unfinished, hold, hold_here, is_finished, is_held, open_run, read_lines, run_folder, write_json, write_whole
 from .solver import CropFeed, Diverged, Solver, TrainingError, make_model
 
 # %% ../nbs/16_runs.ipynb #0fc419fc
@@ -138,7 +138,9 @@ class _Onlooker:
 
     def __init__(self, folder: Path, echo: Callable[[str], None] | None):
         self.folder, self.echo = folder, echo
-        self.told = len(read_lines(folder / "metrics.jsonl"))  # epochs
+        self.told = 0  # epochs
+        with suppress(OSError, ValueError):  # a journal that is harmed is the solver's to mend
+            self.told = len(read_lines(folder / "metrics.jsonl"))
         self.tty = echo is print and sys.stderr.isatty()
         self.shown, self.what = -30.0, ""
 
@@ -255,14 +257,10 @@ def execute(
                 say(f"finished before: {folder}")
                 return folder
             say(f"{'going on' if (folder / 'resume.pt').exists() else 'starting'}: {folder}")
-            for left in (folder / "failure.json", *folder.glob(".*.tmp")):  # of an attempt that was killed
+            for left in (folder / "failure.json", *folder.glob("progress.json*"), *folder.glob(".*.tmp")):  # of an attempt that was killed
                 left.unlink(missing_ok=True)
-            onlooker = _Onlooker(folder, echo)
-            try:
-                with meanwhile(onlooker.look, 1):
-                    _execute(path, folder, given)
-            finally:
-                onlooker.epochs()
+            with meanwhile(_Onlooker(folder, echo).look, 1):
+                _execute(path, folder, given)
             (folder / "progress.json").unlink(missing_ok=True)
     except OSError as e:
         raise RunError(f"{folder}: {e.strerror or e}; mend that, or give another out, and the same command goes on", type(e).__name__, str(e)) from None
@@ -310,8 +308,7 @@ def _run_of(
         cfg = make_config(**{"profile": "demo"} | given)
         found = load_set(cfg)
         folder = run_folder(cfg, found, **place)
-    if is_finished(folder):
-        raise ValueError(f"{folder}: this run is finished")
+    check_unfinished(folder)
     if main:  # from here on, for the pixel cache may take hours
         by_hand, busy = not os.environ.get(_ALIVE), f"{folder}: another process works here; wait for its end"
         if by_hand and is_held(folder):
@@ -320,13 +317,10 @@ def _run_of(
         hold_here(folder, FIT_LOCK)
         if by_hand and is_held(folder, (RUN_LOCK, KERNEL_LOCK)):  # somebody came in between
             raise ValueError(busy)
-    cache = build_cache(found, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
-    if not (folder / "environment.json").exists():
-        if main:
-            open_run(folder, cfg, found)
-    elif (data := json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("data")) != found.fingerprint:
+    told = folder / "environment.json"
+    if told.exists() and (data := json.loads(told.read_text(encoding="utf-8")).get("data")) != found.fingerprint:
         raise ValueError(f"{folder}: began with another table of pictures ({data}, now {found.fingerprint}); restore the image set, or delete the folder to start anew")
-    return folder, cfg, found, cache
+    return folder, cfg, found, build_cache(found, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
 
 
 def _threads(cfg: Config, processes: int) -> int:
@@ -344,6 +338,8 @@ def train_together(
     folder, cfg, found, cache = _run_of(arguments, main=rank == 0)
     devices = Devices.of_launcher(cfg.device)
     torch.set_num_threads(_threads(cfg, here))
+    if rank == 0 and not os.environ.get(_ALIVE):  # by hand: else the notebook has opened it
+        open_run(folder, cfg, found)
     cfg, show = replace(cfg, device=str(devices.device)), rank == 0 and sys.stderr.isatty()
     table = found.table
     model = make_model(cfg, table.score[table.split == "train"].mean())

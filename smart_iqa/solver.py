@@ -342,11 +342,23 @@ class Solver:
         if m["srcc"] > at["best"] or not at["best_epoch"]:
             at.update(best=m["srcc"] if math.isfinite(m["srcc"]) else -math.inf, best_epoch=at["epoch"])
             if self.devices.main:
-                save_checkpoint(model, self.folder / "checkpoint.safetensors")
+                save_checkpoint(model, self.folder / f".best-{at['epoch']}.safetensors")
         if self.devices.main:
             append_line(self.folder / "metrics.jsonl", self.history[-1])
         self.save()
-        return bool(cfg.patience) and at["epoch"] - at["best_epoch"] >= cfg.patience
+        self._settle()
+        return self._out_of_patience()
+
+    def _settle(self):
+        "Make the weights of the resume point's best epoch the checkpoint. Those of an epoch that a killed attempt did not write down go."
+        for weights in self.folder.glob(".best-*.safetensors") if self.devices.main else ():
+            if weights.name == f".best-{self.at['best_epoch']}.safetensors":
+                os.replace(weights, self.folder / "checkpoint.safetensors")
+            else:
+                weights.unlink()
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.cfg.patience) and bool(self.history) and self.at["epoch"] - self.at["best_epoch"] >= self.cfg.patience
 
     # -- all of them ----------------------------------------------------------------------------------------------
     def _begin(self):
@@ -361,7 +373,8 @@ class Solver:
         if not devices.main:
             return
         write_lines(self.folder / "metrics.jsonl", self.history)  # an epoch past the resume point is run again
-        if self.at["epoch"] < cfg.epochs:
+        self._settle()
+        if self.at["epoch"] < cfg.epochs and not self._out_of_patience():
             differs = (f"{self.norms} batch norms learn: in {devices.world} processes the statistics of each are of its process's part of the batch, and what is kept is the main "
                        f"process's, so that this run is not the one of one process; freeze_batchnorm=True makes them the same") if self.norms else None
             if differs:
@@ -371,8 +384,7 @@ class Solver:
     def fit(self) -> dict:  # best_epoch, stopped, seconds
         "Train until the epochs are done or patience ends; afterwards `self.model` is the best model, in eval mode."
         self._begin()
-        cfg, stop = self.cfg, False
-        stop = bool(cfg.patience) and bool(self.history) and self.at["epoch"] - self.at["best_epoch"] >= cfg.patience
+        cfg, stop = self.cfg, self._out_of_patience()
         while self.at["epoch"] < cfg.epochs and not stop:
             self._train_epoch()
             stop = self._end_epoch()

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from smart_iqa import workers
+from smart_iqa.config import make_config, take_lock
 from smart_iqa.records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, Busy, is_finished, is_held, list_runs, run_state
 from smart_iqa.runs import RunError, execute, planned_folder
 from smart_iqa.sweeps import run_sweep
@@ -240,8 +241,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(RunError, match="no file locks.*another out"):
-        execute(nb, {}, tmp_path, echo=None)
+    for _ in range(2):  # the second time with lock files that lie there, as in a folder that was copied from elsewhere
+        with pytest.raises(RunError, match="no file locks.*another out"):
+            execute(nb, {}, tmp_path, echo=None)
+        folder = planned_folder(nb, {}, tmp_path)
+        assert not is_held(folder)
+        for name in (RUN_LOCK, KERNEL_LOCK, FIT_LOCK):
+            (folder / name).touch()
+    with pytest.raises(OSError, match="no file locks"):
+        take_lock(folder / RUN_LOCK)
     monkeypatch.undo()
     assert is_finished(execute(nb, {}, tmp_path, echo=None, wait=False))
 
@@ -342,6 +350,36 @@ def test_a_whole_batch_under_a_clock_that_jumps(standin, tmp_path, undisturbed):
     check(out, undisturbed)
 
 
+def test_by_hand_nothing_is_opened_where_somebody_works(standin, tmp_path):
+    """Several processes that train; a kernel whose launcher died; a run that is finished just now. What was taken before the error is given back."""
+    from smart_iqa import records
+    from smart_iqa.data import load_set
+
+    cfg = make_config(**recipe(standin, seed=0))
+    found, run = load_set(cfg), tmp_path / "run"
+    run.mkdir()
+    hold = "import sys; from smart_iqa.records import hold_here; hold_here(sys.argv[1], sys.argv[2]); print('here', flush=True); sys.stdin.read()"
+    for name in (FIT_LOCK, KERNEL_LOCK):
+        other = subprocess.Popen([sys.executable, "-c", hold, str(run), name], env=OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "here\n"
+        with pytest.raises(Busy):
+            records.open_run(run, cfg, found)
+        other.kill()
+        other.wait()
+        assert not records._kept and not (run / "config.json").exists()
+    (run / "record.json").write_text("{}")
+    with pytest.raises(ValueError, match="finished"):
+        records.hold_by_hand(run)
+    assert not records._kept
+
+
+def test_a_batch_folder_behind_a_link(standin, tmp_path):
+    """The kernel of a run knows its launcher's lock by whatever name."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "study").symlink_to(tmp_path / "scratch")
+    assert is_finished(execute("train", recipe(standin, epochs=1, open_test=False), tmp_path, "study", echo=None))
+
+
 def test_a_notebook_gone_through_by_hand_holds_its_folder(standin, tmp_path):
     """Without a launcher, open_run holds the folder as long as the kernel lives; and where somebody works already, it says so."""
     given = recipe(standin, seed=0)
@@ -385,6 +423,28 @@ def test_a_relative_root_is_found_again(tmp_path, monkeypatch):
     (tmp_path / "pics").mkdir()
     monkeypatch.chdir(tmp_path)
     assert list(finish({0: Job(nb, dict(root="pics"))}, tmp_path)) == [0]
+
+
+@pytest.mark.parametrize("kind, finished", [("Diverged", [0, 2, 3]), ("KeyError", [0])])
+def test_the_rest_goes_on_after_what_concerns_one_run_alone(kind, finished, tmp_path):
+    """In a study as in a sweep: after a diverged run all others are made, and the error comes then; another error stops what was not begun."""
+    nb = small_notebook(tmp_path / "n.ipynb", "n = None\nfolder = None",
+                        f"from pathlib import Path\nif n == 1:\n    raise type({kind!r}, (Exception,), {{}})('x')\n"
+                        "Path(folder, 'record.json').write_text('{}')")
+    jobs = {n: Job(nb, dict(n=n)) for n in range(4)}
+    with pytest.raises(RunError) as told:
+        finish(jobs, tmp_path)
+    assert told.value.kind == kind and list(finish(jobs, tmp_path, only_finished=True)) == finished
+
+
+def test_what_a_worker_cannot_do_is_not_called_killed(tmp_path, monkeypatch):
+    """A notebook that only the driver sees."""
+    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "pass")
+    monkeypatch.setattr(workers, "_versions", lambda notebook: {})
+    said = []
+    with connect(1) as client:
+        (_, ended), = run_jobs([Job(str(Path(nb).with_name("none.ipynb")), {})], tmp_path, client=client, echo=said.append)
+    assert ended.kind == "ValueError" and "none.ipynb" in str(ended) and not said
 
 
 def test_what_killed_a_run_is_asked_again(tmp_path, monkeypatch):

@@ -16,11 +16,12 @@ import torch
 from conftest import prepare, small_config
 from safetensors.torch import load_file
 
+from smart_iqa import solver
 from smart_iqa.crops import jitter, normalise
 from smart_iqa.data import load_set
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.model import HyperIQA, SmartIQA
-from smart_iqa.records import read_lines, run_folder
+from smart_iqa.records import note_environment, open_run, read_lines, run_folder
 from smart_iqa.solver import CropFeed, Solver, learning_rates, make_model, predict
 
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
@@ -511,3 +512,41 @@ def test_accumulated_batches_are_one_large_batch(standin, tmp_path):
     moved = max((a[k].float() - start[k].float()).abs().max().item() for k in a)
     share = np.mean([((a[k] - b[k]).abs() < 1e-6).float().mean().item() for k in a if a[k].is_floating_point()])
     assert moved > 5e-5 and worst <= 2.1e-4 and share > 0.95  # Adam's first step is lr * sign: tiny gradients may differ in sign
+
+
+def test_the_checkpoint_is_of_the_best_epoch_that_was_written_down(standin, tmp_path, monkeypatch):
+    """Killed between the weights of a best epoch and its resume point; validated again, on another device say, that epoch is not the best."""
+    values, evaluate, cfg = iter([0.5, 0.9, 0.4]), solver.evaluate, small_config(standin, seed=0)
+    monkeypatch.setattr(solver, "evaluate", lambda *a, **k: evaluate(*a, **k) | dict(srcc=next(values)))
+    images, feed, model = prepare(cfg)
+    folder = open_run(tmp_path / "run", cfg, images, keep=False)
+    first, save, kept = Solver(model, feed, cfg, folder), Solver.save, {}
+
+    def killed(self):
+        if self.at["epoch"] == 2:
+            raise KeyboardInterrupt
+        save(self)
+        kept.update({k: v.clone() for k, v in self.model.state_dict().items()})
+
+    monkeypatch.setattr(Solver, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    monkeypatch.setattr(Solver, "save", save)
+    _, feed, model = prepare(cfg)
+    second = Solver(model, feed, cfg, folder)
+    assert second.fit()["best_epoch"] == 1 and all(torch.equal(v, kept[k]) for k, v in second.model.state_dict().items())
+    assert not list(folder.glob(".best-*"))
+
+
+def test_a_solver_that_trains_nothing_notes_nothing(standin, tmp_path):
+    """Several processes stopped early for want of patience; the one that reads their result has trained nothing."""
+    cfg = small_config(standin, epochs=6, patience=1, lr=1e-9)
+    for _ in range(2):
+        images, feed, model = prepare(cfg)
+        folder = tmp_path / "run"
+        if not folder.exists():
+            open_run(folder, cfg, images, keep=False)
+        outcome = Solver(model, feed, cfg, folder).fit()
+        note_environment(folder, processes=2)
+    assert outcome["stopped"] == "no better epoch in 1"
+    assert "resumed" not in json.loads((folder / "environment.json").read_text())
