@@ -254,6 +254,29 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert is_finished(execute(nb, {}, tmp_path, echo=None, wait=False))
 
 
+def test_who_looks_on_shows_the_present_and_hides_nothing(tmp_path):
+    """Progress that a killed attempt left is not told again; a journal that cannot be read does not take the place of the run's own error."""
+    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "import time\ntime.sleep(2.5)\nraise KeyError('the reason')")
+    folder, said = planned_folder(nb, {}, tmp_path), []
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps(dict(what="scoring test", done=90, total=100, seconds=900.0, initial=0)))
+    (folder / "metrics.jsonl").write_text('{"epoch": 1\n{"epoch": 2}\n')
+    with pytest.raises(RunError, match="the reason"):
+        execute(nb, {}, tmp_path, echo=said.append)
+    assert not any("scoring test" in line for line in said)
+
+
+def test_every_change_of_the_environment_is_told(tmp_path):
+    """Back to what it began with is a change, too."""
+    from smart_iqa.records import _write_environment, last_environment
+
+    first, second = dict(commit="a", threads=1), dict(commit="b", threads=1)
+    for now in (first, second, second | dict(threads=2), second | dict(threads=2), first):
+        _write_environment(tmp_path, now)
+    told = json.loads((tmp_path / "environment.json").read_text())
+    assert told["resumed"] == [dict(commit="b"), dict(threads=2), first] and {k: last_environment(told)[k] for k in first} == first
+
+
 def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
     """NaN stops one arm with epoch, step and rates; its folder says so; the others are finished."""
     given = recipe(standin, epochs=1, seed=0)

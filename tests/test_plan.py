@@ -1,5 +1,6 @@
 """What a batch will take: the runs that are counted are those that are started, and the arithmetic is the run's own."""
 import json
+import os
 from dataclasses import replace
 
 import nbformat
@@ -78,6 +79,9 @@ def test_what_does_not_fit_is_named_with_the_mend():
     assert "not even one crop" in project([planned(cfg)], told, describe("tflops=100 memory_gb=0.2 cores=8")).problems[0]
     many = project([planned(cfg), planned(replace(cfg, seed=1), "b")], told, replace(HERE, memory_gb=10), workers=2)
     assert "x 2 at once" in many.problems[0] and "workers=1" in many.problems[0]
+    told["machine"]["threads"] = 2  # all cores: two workers are no faster than one, and need twice the memory
+    crowded = project([planned(cfg), planned(replace(cfg, seed=1), "b")], told, replace(HERE, memory_gb=10), workers=2)
+    assert crowded.totals["at_once"] == 1 and "x 2 at once" in crowded.problems[0]
     feed = project([planned(cfg)], told, describe("tflops=20 memory_gb=80 devices=1 cores=8")).problems
     assert any("cut in the training process: workers=" in t for t in feed)
     beside = replace(cfg, workers=8)
@@ -180,7 +184,9 @@ def test_a_projection_is_held_against_a_run(swept, tmp_path):
     (other / "environment.json").write_text(json.dumps(env))
     with pytest.raises(ValueError, match="another machine .*cpu another"):
         plan.against(other)
-    assert len(plan.against(other, anywhere=True, steps=2))
+    os.utime(other / "record.json", (0, 0))  # a copy is of another time; what is told was written down
+    copied = plan.against(other, anywhere=True, steps=2).set_index("what").measured
+    assert copied.equals(t.measured) and (copied[[k for k in copied.index if "whole run" in k]] > copied["training"]).all() and len(copied) == 4
 
 
 def test_a_report_of_a_batch_reads_well(swept):
