@@ -1,6 +1,8 @@
 """Stand-in sets for the tests: small synthetic pictures whose score is how little noise they carry."""
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: kernels and workers take it over, and several tests run at once
+
 import numpy as np
 import pandas as pd
 import pytest

@@ -120,6 +120,7 @@ def test_a_wrong_parameter_is_an_error_before_anything_starts(tmp_path):
     assert done.returncode == 1 and "learning_rat" in done.stderr and not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow  # test_batches and test_invariances ask the same of smaller runs
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
     """kill -9 of the launcher and its kernel in the middle of training; the same call then ends as an undisturbed run does."""
     settings = SMALL | dict(cache=cache, epochs=40)
