@@ -354,7 +354,7 @@ def forward_flops(
     try:
         for m in fused:
             m.fused_attn = False
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:  # without gradients it fails where a weight is expanded
             model(x)
     finally:
         for m, was in fused.items():

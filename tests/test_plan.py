@@ -6,9 +6,11 @@ from dataclasses import replace
 import nbformat
 import numpy as np
 import pytest
+import torch
 from conftest import small_config
 
 from smart_iqa import plan, probe
+from smart_iqa.backbones import forward_flops
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
 from smart_iqa.paper import pick_steps
@@ -17,6 +19,7 @@ from smart_iqa.planned import PlannedRun, asked_runs, planned_runs
 from smart_iqa.probe import data_key, kind_key, kind_of
 from smart_iqa.records import is_finished, run_folder
 from smart_iqa.runs import RunError, execute, planned_folder
+from smart_iqa.solver import make_model
 
 RECIPE = dict(dataset="csv", labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64, crop=64,
               train_crops=1, val_crops=2, test_crops=4, epochs=1, batch_size=8, group_duplicates=False, amp="off", device="cpu", leaks="mark", baseline=False)
@@ -205,6 +208,13 @@ def test_bad_input():
             call()
     _, left_out = planned_runs("paper", "losses", recipe=json.dumps(dict(dataset="spaq")))
     assert "give root" in left_out["losses"]  # nothing tells how many pictures: a reason, not a guess
+
+
+@pytest.mark.parametrize("head", ["hyper", "plain"])
+def test_operations_of_every_head_are_counted(head):
+    model = make_model(small_config("x", head=head)).eval()
+    counted = forward_flops(model, torch.zeros(1, 3, 64, 64))
+    assert counted == forward_flops(model, torch.zeros(2, 3, 64, 64)) / 2 > 1e6
 
 
 def test_a_kind_is_measured_at_its_own_batch():

@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 from conftest import small_config
 
+from smart_iqa.cli import main
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
 from smart_iqa.demo import KONIQ_NOTE, render_koniq
@@ -23,7 +24,9 @@ def test_the_whole_notebook(tmp_path):
     assert list(phases.index) == ["render", "near-duplicates", "pixel cache", "train", "validate", "test"]
     assert phases.made.all() and (phases.owned > 1e7).all() and phases.pieces["render"] == 40 and phases.pieces["train"] == 2
     assert record["note"] == KONIQ_NOTE and record["dataset"] == "koniq-10k"
-    again = json.loads((execute("scale", given | dict(compare=20), tmp_path / "out", echo=None) / "record.json").read_text())
+    words = [f"{k}={v}" for k, v in (given | dict(compare=20)).items()]
+    assert main(["run", "scale", *words, "name=again", "--out", str(tmp_path / "out")]) == 0  # as people start it
+    again = json.loads(next((tmp_path / "out").glob("*/again-*/record.json")).read_text())
     claim, = again["claims"]  # the pictures' cache was there, so nothing is said of making it
     assert claim["verdict"] == "cannot be tested here" and "not measured: near-duplicates, pixel cache" in claim["measured"]
 
