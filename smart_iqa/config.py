@@ -361,13 +361,15 @@ def meanwhile(
     every: float,  # seconds
 ) -> Iterator[None]:
     "Call a function again and again, in a thread, while a block works, and once more in the end. What it raises is logged: who looks on harms nobody."
-    ended = threading.Event()
+    ended, told = threading.Event(), set()
 
     def safely():
         try:
             look()
         except Exception as e:
-            logging.getLogger(__name__).warning("cannot look on: %s: %s", type(e).__name__, e)
+            if str(e) not in told:  # once: work may take days
+                logging.getLogger(__name__).warning("cannot look on: %s: %s", type(e).__name__, e)
+            told.add(str(e))
 
     def watch():
         while not ended.wait(every):

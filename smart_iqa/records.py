@@ -6,8 +6,8 @@
 __all__ = ['PACKAGES', 'MIN_SCENES', 'PART_NAMES', 'Cells', 'RUN_LOCK', 'KERNEL_LOCK', 'FIT_LOCK', 'LOG', 'write_whole',
            'write_json', 'write_lines', 'append_line', 'read_lines', 'versions', 'code_commit', 'environment',
            'code_digest', 'resampling_of', 'part_of', 'summarise', 'compare_arms', 'seen_before', 'cross_cells',
-           'compare_cells', 'is_finished', 'check_unfinished', 'run_folder', 'last_environment', 'note_environment',
-           'open_run', 'read_run', 'run_digest', 'Busy', 'hold', 'hold_here', 'hold_by_hand', 'is_held', 'time_left',
+           'compare_cells', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here', 'hold_by_hand', 'is_held',
+           'run_folder', 'last_environment', 'note_environment', 'open_run', 'read_run', 'run_digest', 'time_left',
            'run_state', 'list_runs', 'compare_runs', 'publish_run']
 
 # %% ../nbs/11_records.ipynb #6b90a2bf
@@ -298,7 +298,7 @@ def compare_cells(
     frame["better"] = [None if not p < 0.05 else "a" if up else "b" for p, up in zip(frame.p_holm, ahead)]
     return frame
 
-# %% ../nbs/11_records.ipynb #109eb64e
+# %% ../nbs/11_records.ipynb #0de975a3
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "record.json").exists()
 
@@ -309,6 +309,87 @@ def check_unfinished(folder: str | Path):
         raise ValueError(f"{folder}: this run is finished; read it with read_run, delete the folder, or change a parameter")
 
 
+class Busy(RuntimeError):
+    "Another process works in a folder."
+
+
+RUN_LOCK, KERNEL_LOCK, FIT_LOCK = ".run.lock", ".kernel.lock", ".fit.lock"  # of whoever starts kernels in a folder, of the kernel, and of the processes that it trains with
+_kept: dict[Path, FileLock] = {}  # locks that end with this process
+
+
+@contextmanager
+def hold(
+    folder: str | Path,
+    wait: bool = True,  # for others to end; else Busy
+    say: Callable[[str], None] = lambda text: None,  # told once that there is something to wait for
+    names: Sequence[str] = (RUN_LOCK, KERNEL_LOCK, FIT_LOCK),  # all of them
+) -> Iterator[Path]:
+    "Hold a folder, which is made where it is missing, against all other processes. All but the first lock are only waited for: those who are started then take them."
+    folder = Path(folder).resolve()
+    if any(folder / name in _kept for name in names):
+        raise Busy(f"{folder}: this very process works here; restart its kernel first")
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = []
+    try:
+        for name in names:
+            try:
+                taken.append(take_lock(folder / name, 0.2, 0.05))
+            except Timeout:
+                if not wait:
+                    raise Busy(f"{folder}: another process works here") from None
+                say(f"waiting for another process that works in {folder}")
+                taken.append(take_lock(folder / name, poll=0.5))
+        for lock in taken[1:]:
+            lock.release()
+        os.listdir(folder)  # NFS looks anew when a directory is opened (close-to-open): what others finished here is seen
+        yield folder
+    finally:
+        for lock in taken:
+            lock.release()
+
+
+def hold_here(folder: str | Path, name: str = KERNEL_LOCK, wait: bool = True):
+    "Hold a folder until this process ends, which it may already do. Busy where another has it and `wait` is False."
+    path = Path(folder).resolve() / name
+    if path in _kept:
+        return
+    try:
+        _kept[path] = take_lock(path, -1 if wait else 1)
+    except Timeout:
+        raise Busy(f"{folder}: another process works here; wait for its end, or shut that kernel down") from None
+
+
+def hold_by_hand(folder: str | Path):
+    "Hold a folder until this process ends, as a launcher would hold it. Busy, and nothing is held that was not before, where another process works here."
+    before = set(_kept)
+    try:
+        for name in (RUN_LOCK, KERNEL_LOCK):
+            hold_here(folder, name, wait=False)
+        if is_held(folder, (FIT_LOCK,)):
+            raise Busy(f"{folder}: several processes train here; wait for their end")
+        check_unfinished(folder)  # it may have been finished just now
+    except BaseException:
+        for path in set(_kept) - before:
+            _kept.pop(path).release()
+        raise
+
+
+def is_held(
+    folder: str | Path,
+    names: Sequence[str] = (RUN_LOCK, KERNEL_LOCK, FIT_LOCK),  # any of them
+) -> bool:
+    "Whether another process works in a folder just now; False where that cannot be seen."
+    for name in names:
+        if (path := Path(folder).resolve() / name).exists() and path not in _kept:
+            try:
+                take_lock(path, 0.1, 0.02).release()  # somebody else may just be looking, too
+            except Timeout:
+                return True
+            except OSError:  # a folder that may only be read, or is without locks
+                continue
+    return False
+
+# %% ../nbs/11_records.ipynb #109eb64e
 def run_folder(
     cfg: Config, found: ImageSet,
     out: str | Path = "outputs",  # where batches lie
@@ -397,87 +478,6 @@ def run_digest(
         path = Path(folder) / name
         digest.update(path.read_bytes() if path.exists() else name.encode())
     return digest.hexdigest()
-
-# %% ../nbs/11_records.ipynb #0de975a3
-class Busy(RuntimeError):
-    "Another process works in a folder."
-
-
-RUN_LOCK, KERNEL_LOCK, FIT_LOCK = ".run.lock", ".kernel.lock", ".fit.lock"  # of whoever starts kernels in a folder, of the kernel, and of the processes that it trains with
-_kept: dict[Path, FileLock] = {}  # locks that end with this process
-
-
-@contextmanager
-def hold(
-    folder: str | Path,
-    wait: bool = True,  # for others to end; else Busy
-    say: Callable[[str], None] = lambda text: None,  # told once that there is something to wait for
-    names: Sequence[str] = (RUN_LOCK, KERNEL_LOCK, FIT_LOCK),  # all of them
-) -> Iterator[Path]:
-    "Hold a folder, which is made where it is missing, against all other processes. All but the first lock are only waited for: those who are started then take them."
-    folder = Path(folder).resolve()
-    if any(folder / name in _kept for name in names):
-        raise Busy(f"{folder}: this very process works here; restart its kernel first")
-    folder.mkdir(parents=True, exist_ok=True)
-    taken = []
-    try:
-        for name in names:
-            try:
-                taken.append(take_lock(folder / name, 0.2, 0.05))
-            except Timeout:
-                if not wait:
-                    raise Busy(f"{folder}: another process works here") from None
-                say(f"waiting for another process that works in {folder}")
-                taken.append(take_lock(folder / name, poll=0.5))
-        for lock in taken[1:]:
-            lock.release()
-        os.listdir(folder)  # NFS looks anew when a directory is opened (close-to-open): what others finished here is seen
-        yield folder
-    finally:
-        for lock in taken:
-            lock.release()
-
-
-def hold_here(folder: str | Path, name: str = KERNEL_LOCK, wait: bool = True):
-    "Hold a folder until this process ends, which it may already do. Busy where another has it and `wait` is False."
-    path = Path(folder).resolve() / name
-    if path in _kept:
-        return
-    try:
-        _kept[path] = take_lock(path, -1 if wait else 1)
-    except Timeout:
-        raise Busy(f"{folder}: another process works here; wait for its end, or shut that kernel down") from None
-
-
-def hold_by_hand(folder: str | Path):
-    "Hold a folder until this process ends, as a launcher would hold it. Busy, and nothing is held that was not before, where another process works here."
-    before = set(_kept)
-    try:
-        for name in (RUN_LOCK, KERNEL_LOCK):
-            hold_here(folder, name, wait=False)
-        if is_held(folder, (FIT_LOCK,)):
-            raise Busy(f"{folder}: several processes train here; wait for their end")
-        check_unfinished(folder)  # it may have been finished just now
-    except BaseException:
-        for path in set(_kept) - before:
-            _kept.pop(path).release()
-        raise
-
-
-def is_held(
-    folder: str | Path,
-    names: Sequence[str] = (RUN_LOCK, KERNEL_LOCK, FIT_LOCK),  # any of them
-) -> bool:
-    "Whether another process works in a folder just now; False where that cannot be seen."
-    for name in names:
-        if (path := Path(folder).resolve() / name).exists() and path not in _kept:
-            try:
-                take_lock(path, 0.1, 0.02).release()  # somebody else may just be looking, too
-            except Timeout:
-                return True
-            except OSError:  # a folder that may only be read, or is without locks
-                continue
-    return False
 
 # %% ../nbs/11_records.ipynb #425fb600
 def _read(path: Path) -> dict:
