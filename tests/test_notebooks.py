@@ -15,18 +15,23 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs" / "results").glob("*.ipynb"))
+OF_OTHERS = ("dask-scratch-space", "torchelastic_", "torchinductor_")  # what Dask and torch leave, a few kB
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
-    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own."""
+    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its temporary files go with it."""
     monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path / "cache"))
     with tempfile.TemporaryDirectory() as short:  # the path of a socket may have some hundred characters
+        room = Path(short) / "t"
+        room.mkdir()
+        monkeypatch.setenv("TMPDIR", str(room))
         ipc = Config(KernelManager=dict(transport="ipc", ip=f"{short}/k"))
         here = {"metadata": {"path": str(path.parent)}}
         NotebookClient(nbformat.read(path, 4), timeout=600, kernel_name="python3", resources=here, config=ipc).execute()
+        assert not [p.name for p in room.iterdir() if not p.name.startswith(OF_OTHERS)]
 
 
 def test_package_equals_export(tmp_path):
