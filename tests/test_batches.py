@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from smart_iqa import workers
-from smart_iqa.config import make_config, take_lock
+from smart_iqa.config import make_config
+from smart_iqa.machine import take_lock
 from smart_iqa.records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, Busy, is_finished, is_held, list_runs, run_state
 from smart_iqa.runs import RunError, execute, planned_folder
 from smart_iqa.sweeps import run_sweep

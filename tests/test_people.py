@@ -118,5 +118,5 @@ def test_site(tmp_path):
         assert not re.search(r"^#\|", re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8")), re.M), f"{path.name} shows a directive"
     for style in out.rglob("*.css"):
         assert not re.search(r"@import|url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style.name
-    losses = (out / "09_losses.html").read_text(encoding="utf-8")
+    losses = (out / "10_losses.html").read_text(encoding="utf-8")
     assert "<math" in losses and "\\rho" not in losses and "$$" not in losses
