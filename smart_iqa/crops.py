@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_positions', 'Plan', 'random_plan', 'grid_plan',
-           'share', 'crop_batches', 'normalise', 'jitter', 'one_ahead']
+           'share', 'crop_batches', 'normalise', 'jitter', 'ahead', 'one_ahead']
 
 # %% ../nbs/07_crops.ipynb #0799be53
 import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice, repeat, takewhile
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -266,13 +267,25 @@ def jitter(
     return torch.stack([change(c) for c in crops])
 
 # %% ../nbs/07_crops.ipynb #6822b00c
+def ahead(
+    pool: ThreadPoolExecutor,
+    function,         # of one item
+    items: Iterable,
+    n: int,           # items that may wait at once
+) -> Iterator:
+    "map() in a pool that works at most n items ahead, so that any number of them fits in memory. What the function raises is raised here."
+    items = iter(items)
+    running = [pool.submit(function, item) for item in islice(items, n)]
+    while running:
+        result = running.pop(0).result()
+        running += [pool.submit(function, item) for item in islice(items, 1)]
+        yield result
+
+
 def one_ahead(
     items: Iterable,
 ) -> Iterator:
     "The same items in the same order, each made in a thread while the one before is used. What making one raises is raised here."
     items, done = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, done)
-        while (item := coming.result()) is not done:
-            coming = pool.submit(next, items, done)
-            yield item
+        yield from takewhile(lambda item: item is not done, ahead(pool, lambda _: next(items, done), repeat(None), 1))

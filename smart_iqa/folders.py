@@ -30,10 +30,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .config import fingerprint
+from .crops import ahead
 from .images import ImageError, load_image
 from .machine import cache_dir, take_lock, track
 from .records import write_whole
-from .scoring import Score, Scorer, ahead
+from .scoring import Score, Scorer
 
 # %% ../nbs/28_folders.ipynb #327c889e
 NOT_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")

@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,8 +272,7 @@ class LiveTable:
         every: float = 2.0,                      # seconds
         echo: Callable[[str], None] | None = print,  # where there is neither notebook nor terminal; None: silence
     ):
-        self.folders, self.echo = folders, echo
-        self.looking, self.ended = meanwhile(self._look, every), False
+        self.folders, self.every, self.echo, self.open, self.ended = folders, every, echo, ExitStack(), False
         self.in_kernel = getattr(get_ipython(), "kernel", None) is not None
         self.handle, self.live, self.said, self.line = None, None, time.monotonic(), ""
 
@@ -287,15 +286,13 @@ class LiveTable:
                 console = Console(stderr=True)
                 self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         if self.live:
-            self.live.start()
-        self.looking.__enter__()
+            self.open.enter_context(self.live)
+        self.open.enter_context(meanwhile(self._look, self.every))
         return self
 
     def __exit__(self, *error):
-        self.ended = True
-        self.looking.__exit__(None, None, None)
-        if self.live:
-            self.live.stop()
+        self.ended = True  # before the last look
+        self.open.close()
 
     def _look(self):
         states = states_table(self.folders())
