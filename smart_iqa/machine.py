@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/01_machine.ipynb #eb49af78
@@ -86,21 +86,14 @@ def take_lock(
     poll: float = 0.2,    # seconds between two attempts
 ) -> FileLock:            # acquired; to be released
     "Acquire a lock of the operating system. filelock.Timeout where another process has it; OSError where the file system has no such locks."
-    lock = FileLock(path, thread_local=False)
-    while True:
-        try:
-            lock.acquire(timeout=timeout if timeout >= 0 else 2, poll_interval=poll)
-            if not isinstance(lock, SoftFileLock):
-                return lock
-            lock.release()
-        except NotImplementedError:  # older filelock; newer ones change to a lock that is a file
-            pass
-        except Timeout:
-            if not isinstance(lock, SoftFileLock):
-                if timeout < 0:
-                    continue
-                raise
-        raise OSError(errno.ENOSYS, f"{Path(path).parent}: this file system has no file locks (Lustre has them when it is mounted with flock)")
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout, poll)
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise  # Timeout among others
+        raise OSError(e.errno, f"{Path(path).parent}: this file system has no file locks (Lustre has them when it is mounted with flock)") from None
+    return lock
 
 
 @contextlib.contextmanager

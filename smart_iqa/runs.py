@@ -195,7 +195,7 @@ def planned_folder(
 def _start_line(folder: Path) -> str:
     "What a kernel does before its first cell: hold the folder, and tell its progress there."
     return (f"import filelock, os; os.environ[{PROGRESS!r}] = {str(folder / 'progress.json')!r}; "
-            f"_held = filelock.FileLock({str(folder / KERNEL_LOCK)!r}, thread_local=False); _held.acquire(poll_interval=0.5)")
+            f"_held = filelock.FileLock({str(folder / KERNEL_LOCK)!r}, thread_local=False, fallback_to_soft=False); _held.acquire(poll_interval=0.5)")
 
 
 def _execute(path: Path, folder: Path, parameters: dict):
