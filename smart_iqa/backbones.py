@@ -173,19 +173,30 @@ def _load_file(backbone: Backbone, path: Path) -> str:
     return path.name
 
 # %% ../nbs/08_backbones.ipynb #be6b2050
-def _of_weight(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
-    "Gradient of a depthwise weight (C, 1, k, k), put together from tiles of 3 x 3, which are quick."
-    (h, w), k, n = grad.shape[2:], weight.shape[-1], -(-weight.shape[-1] // 3)
+def _padded(x: torch.Tensor, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
+    "Zeros around maps, channels last. Only the border is written with zeros, which `F.pad` does with everything."
+    (b, c, h, w), inner = x.shape, x.permute(0, 2, 3, 1)
+    out = x.new_empty(b, top + h + bottom, left + w + right, c)
+    out[:, :top], out[:, top + h :], out[:, top : top + h, :left], out[:, top : top + h, left + w :] = 0, 0, 0, 0
+    out[:, top : top + h, left : left + w] = inner
+    return out.permute(0, 3, 1, 2)
 
-    def tile(x, padding):
-        like = weight.new_empty(len(weight), 1, 3, 3)
+
+def _of_weight(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
+    "Gradient of a depthwise weight (C, 1, k, k), put together from tiles of at most 3 x 3, which are quick."
+    (h, w), k = grad.shape[2:], weight.shape[-1]
+
+    def tile(x, padding, rows, columns):
+        like = weight.new_empty(len(weight), 1, rows, columns)
         return torch.ops.aten.convolution_backward(grad, x, like, [0], stride, padding, [1, 1], False, [0, 0], len(weight), [False, True, False])[1]
 
     if k == 3:
-        return tile(x, padding)
-    x = F.pad(x, (padding[1], padding[1] + 3 * n - k, padding[0], padding[0] + 3 * n - k))
-    rows = [[tile(x[:, :, i : i + stride[0] * (h - 1) + 3, j : j + stride[1] * (w - 1) + 3], (0, 0)) for j in range(0, 3 * n, 3)] for i in range(0, 3 * n, 3)]
-    return torch.cat([torch.cat(r, 3) for r in rows], 2)[:, :, :k, :k]
+        return tile(x, padding, 3, 3)
+    if any(padding):
+        x = _padded(x, padding[0], padding[0], padding[1], padding[1])
+    cuts = [(i, min(3, k - i)) for i in range(0, k, 3)]
+    rows = [[tile(x[:, :, i : i + stride[0] * (h - 1) + m, j : j + stride[1] * (w - 1) + n], (0, 0), m, n) for j, n in cuts] for i, m in cuts]
+    return torch.cat([torch.cat(r, 3) for r in rows], 2)
 
 
 def _of_input(grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], stride: list[int], padding: list[int]) -> torch.Tensor:
@@ -193,7 +204,8 @@ def _of_input(grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], s
     (h, w), (t, u), c, k = size, padding, len(weight), weight.shape[-1]
     if tuple(stride) == (1, 1) and max(padding) < k:
         return F.conv2d(grad, weight.flip(2, 3), None, 1, (k - 1 - t, k - 1 - u), 1, c)
-    out = grad.new_zeros(len(grad), h + 2 * t, w + 2 * u, c).permute(0, 3, 1, 2)         # channels last
+    reached = [stride[d] * (grad.shape[2 + d] - 1) + k for d in (0, 1)]                           # what lies beyond was never looked at
+    out = (grad.new_empty if reached == [h + 2 * t, w + 2 * u] else grad.new_zeros)(len(grad), h + 2 * t, w + 2 * u, c).permute(0, 3, 1, 2)
     for a in range(stride[0]):
         for b in range(stride[1]):
             taps = weight[:, :, a :: stride[0], b :: stride[1]].flip(2, 3)
@@ -202,43 +214,59 @@ def _of_input(grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], s
     return out[:, :, t : t + h, u : u + w]
 
 
-class _Depthwise(torch.autograd.Function):
-    "Depthwise convolution in bf16 on a CPU, with a backward pass of kernels that are quick there."
+class _FastConv(torch.autograd.Function):
+    "Convolution, and a ReLU6 after it, in bf16 on a CPU: one kernel forwards, and those that are quick there backwards."
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
+    def forward(ctx, x, weight, bias, stride, padding, depthwise, relu6):
         x, weight, bias = (t.to(torch.bfloat16) for t in (x, weight, bias))
-        ctx.save_for_backward(x, weight)
-        ctx.how = stride, padding
-        return F.conv2d(x, weight, bias, stride, padding, 1, len(weight))
+        ctx.size, ctx.how, ctx.above, ctx.depthwise = x.shape[2:], (stride, padding), (0, 0), depthwise
+        if padding == "same":
+            around = [max((-(-size // d) - 1) * d + k - size, 0) for size, d, k in zip(ctx.size, stride, weight.shape[2:])]
+            ctx.how, ctx.above = (stride, (0, 0)), [p // 2 for p in around]
+            x = _padded(x, *(q for p in around for q in (p // 2, p - p // 2))) if any(around) else x
+        act = ("hardtanh", [0.0, 6.0], "") if relu6 else ("none", [], "")
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *reversed(ctx.how), [1, 1], x.shape[1] // weight.shape[1], *act)
+        ctx.save_for_backward(x, weight, y if relu6 else None)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight), how = ctx.saved_tensors, ctx.how
-        of_x = _of_input(grad, weight, x.shape[2:], *how) if ctx.needs_input_grad[0] else None
-        return of_x, _of_weight(grad, x, weight, *how).float(), grad.sum((0, 2, 3), dtype=torch.float32), None, None
+        (x, weight, y), how, of_x = ctx.saved_tensors, ctx.how, None
+        grad = grad if y is None else torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
+        if ctx.depthwise:
+            of_weight, of_bias = _of_weight(grad, x, weight, *how), grad.sum((0, 2, 3), dtype=torch.float32)
+            of_x = _of_input(grad, weight, x.shape[2:], *how) if ctx.needs_input_grad[0] else None
+        else:
+            of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *how, [1, 1], False, [0, 0], x.shape[1] // weight.shape[1],
+                                                                           [ctx.needs_input_grad[0], True, True])
+        (top, left), (h, w) = ctx.above, ctx.size
+        return None if of_x is None else of_x[:, :, top : top + h, left : left + w], of_weight.float(), of_bias.float(), None, None, None, None
 
 
 class _NormedConv(nn.Conv2d):
-    "A convolution that does the work of the frozen batch norm after it; `freeze_norms` makes it of a plain one."
+    "A convolution that does the work of the frozen batch norm after it, and of its activation; `freeze_norms` makes it of a plain one."
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm, plain, _ = self.norm
-        x, padding = (pad_same(x, self.kernel_size, self.stride), (0, 0)) if plain is Conv2dSame else (x, self.padding)
+        same = plain is Conv2dSame
+        act, relu6 = getattr(norm, "act", nn.Identity()), type(getattr(norm, "act", None)) is nn.ReLU6
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight, bias = self.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
-        on_cpu_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         depthwise = weight.shape[1] == 1 and self.groups == self.out_channels and weight.shape[2] == weight.shape[3] >= max(self.stride)
-        if on_cpu_bf16 and torch.is_grad_enabled() and depthwise and self.dilation == (1, 1):
-            return _Depthwise.apply(x, weight, bias, self.stride, padding)
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        on_cpu_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and _has_onednn(True)
+        if on_cpu_bf16 and (depthwise or relu6) and self.dilation == (1, 1) and self.padding != "valid":
+            y = _FastConv.apply(x, weight, bias, self.stride, "same" if same else self.padding, depthwise, relu6)
+            return y if relu6 else act(y)
+        x, padding = (pad_same(x, self.kernel_size, self.stride), (0, 0)) if same else (x, self.padding)
+        return act(F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups))
 
 
 class _SpentNorm(nn.BatchNorm2d):
-    "A batch norm whose convolution does its work: its activation is left."
+    "A batch norm whose convolution does its work and that of its activation."
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(x) if hasattr(self, "act") else x
+        return x
 
 # %% ../nbs/08_backbones.ipynb #f1a0d793
 def _conv_norm_pairs(module: nn.Module):
@@ -257,7 +285,7 @@ def freeze_norms(
 ):
     "Use the running statistics of batch norms in training as in scoring; gradients reach their weight and bias as before."
     for _, _, conv, _, norm in _conv_norm_pairs(module):
-        if type(conv) in (nn.Conv2d, Conv2dSame) and conv.bias is None and norm.affine:
+        if type(conv) in (nn.Conv2d, Conv2dSame) and conv.bias is None and conv.padding_mode == "zeros" and norm.affine:
             conv.norm = norm, type(conv), type(norm)  # in a tuple: not a child a second time
             conv.__class__, norm.__class__ = _NormedConv, _SpentNorm
 
