@@ -22,6 +22,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from safetensors.torch import load_file
 from timm.layers import Conv2dSame, pad_same
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,6 +174,12 @@ def _load_file(backbone: Backbone, path: Path) -> str:
     return path.name
 
 # %% ../nbs/08_backbones.ipynb #be6b2050
+def _has_onednn(bf16: bool) -> bool:
+    "Whether torch was built with oneDNN's fused convolutions, and the processor has what they need."
+    fused = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return fused and (not bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _padded(x: torch.Tensor, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
     "Zeros around maps, channels last. Only the border is written with zeros, which `F.pad` does with everything."
     (b, c, h, w), inner = x.shape, x.permute(0, 2, 3, 1)
@@ -231,6 +238,7 @@ class _FastConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x, weight, y), how, of_x = ctx.saved_tensors, ctx.how, None
         grad = grad if y is None else torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
@@ -254,7 +262,8 @@ class _NormedConv(nn.Conv2d):
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight, bias = self.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
         depthwise = weight.shape[1] == 1 and self.groups == self.out_channels and weight.shape[2] == weight.shape[3] >= max(self.stride)
-        on_cpu_bf16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and _has_onednn(True)
+        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        on_cpu_bf16 = x.device.type == "cpu" and bf16 and torch.is_grad_enabled() and _has_onednn(True)
         if on_cpu_bf16 and (depthwise or relu6) and self.dilation == (1, 1) and self.padding != "valid":
             y = _FastConv.apply(x, weight, bias, self.stride, "same" if same else self.padding, depthwise, relu6)
             return y if relu6 else act(y)
@@ -270,11 +279,12 @@ class _SpentNorm(nn.BatchNorm2d):
 
 # %% ../nbs/08_backbones.ipynb #f1a0d793
 def _conv_norm_pairs(module: nn.Module):
-    "Every convolution that is followed by a batch norm: parent, name and convolution, name and norm."
+    "Every convolution without a bias that is followed by a batch norm of its own: parent, name and convolution, name and norm."
     for parent in list(module.modules()):
         before = None  # the convolution that came last among the children
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and before and before[1].out_channels == child.num_features:
+            alone = isinstance(child, nn.BatchNorm2d) and child.affine and isinstance(getattr(child, "drop", nn.Identity()), nn.Identity)
+            if alone and before and before[1].bias is None and before[1].out_channels == child.num_features:  # with a bias, something else may come between
                 yield parent, *before, name, child
             if not isinstance(child, nn.Identity):
                 before = (name, child) if isinstance(child, nn.Conv2d) else None
@@ -283,9 +293,10 @@ def _conv_norm_pairs(module: nn.Module):
 def freeze_norms(
     module: nn.Module,  # changed in place; names and number of its parameters stay
 ):
-    "Use the running statistics of batch norms in training as in scoring; gradients reach their weight and bias as before."
+    "Use the running statistics of the batch norms that follow a convolution in training as in scoring, and gradients reach their weight and bias as before. Others have to be in eval mode."
     for _, _, conv, _, norm in _conv_norm_pairs(module):
-        if type(conv) in (nn.Conv2d, Conv2dSame) and conv.bias is None and conv.padding_mode == "zeros" and norm.affine:
+        plain = type(conv) is nn.Conv2d or (type(conv) is Conv2dSame and conv.dilation == (1, 1))
+        if plain and conv.padding_mode == "zeros" and not isinstance(norm, _SpentNorm):
             conv.norm = norm, type(conv), type(norm)  # in a tuple: not a child a second time
             conv.__class__, norm.__class__ = _NormedConv, _SpentNorm
 
@@ -342,12 +353,6 @@ def _fusable(conv: nn.Module) -> bool:
     return (plain or same) and conv.bias is not None and conv.dilation == (1, 1)
 
 
-def _has_onednn(bf16: bool) -> bool:
-    "Whether torch was built with oneDNN's fused convolutions, and the processor has what they need."
-    fused = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    return fused and (not bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def for_scoring(
     model: nn.Module,             # with a `Backbone` as its `backbone`, in eval mode
     device: torch.device | str,
@@ -357,7 +362,8 @@ def for_scoring(
     fast = fold_batchnorm(model)
     if bf16 and fast is model:
         fast = copy.deepcopy(model)
-    if fast is not model and torch.device(device).type == "cpu" and _has_onednn(bf16):
+    numbers = all(p.isfinite().all() for p in fast.backbone.parameters())  # the fused ReLU6 makes 0 of what is none
+    if fast is not model and torch.device(device).type == "cpu" and numbers and _has_onednn(bf16):
         for parent in list(fast.backbone.modules()):
             pairs = list(parent.named_children())
             for (name, conv), (after, act) in zip(pairs, [*pairs[1:], ("", None)]):
@@ -382,7 +388,7 @@ def forward_flops(
     try:
         for m in fused:
             m.fused_attn = False
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:  # without gradients it fails where a weight is expanded
+        with torch.autocast(x.device.type, enabled=False), torch.enable_grad(), FlopCounterMode(display=False) as counter:  # without gradients it fails where a weight is expanded
             model(x)
     finally:
         for m, was in fused.items():

@@ -127,7 +127,7 @@ _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "
                 protocol=("default", "legacy"), choose_on=("val", "test"), amp=("auto", "on", "off"))
 _POSITIVE = ("size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size", "accumulate", "lr", "step_epochs", "processes", "val_fraction",
              "test_fraction")
-_NOT_NEGATIVE = ("limit", "patience", "weight_decay", "warmup", "color_jitter", "clip", "alpha", "margin", "eta_min", "lr_floor", "head_lr_ratio")
+_NOT_NEGATIVE = ("seed", "split_seed", "threads", "workers", "checkpoint_minutes", "limit", "patience", "weight_decay", "warmup", "color_jitter", "clip", "alpha", "margin", "eta_min", "lr_floor", "head_lr_ratio")
 _PARTS = ("val_fraction", "test_fraction", "cal_fraction", "teacher_weight", "ema", "drop_path", "dropout")
 
 
@@ -138,10 +138,12 @@ def _convert(name: str, value):
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
-    except (KeyError, ValueError, TypeError):
+        if kind is int and not isinstance(value, int):
+            if float(value) != int(float(value)):
+                raise ValueError
+            return int(value) if str(value).lstrip("-").isdigit() else int(float(value))
+        return kind(value)
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}") from None
 
 # %% ../nbs/00_config.ipynb #0923ff8f
@@ -162,7 +164,7 @@ def make_config(
     profile: str = "paper",  # a name from PROFILES
     **values,                # any field of `Config`; None keeps the profile's value
 ) -> Config:
-    "A `Config` from a profile and overrides; ValueError names an unknown field, a wrong type or a wrong choice."
+    "A `Config` from a profile and overrides; ValueError names an unknown field, a wrong type or a wrong choice. Names of sets, models, losses and devices are checked where they are used."
     check_names([profile], PROFILES, "profile")
     check_names(values, _TYPES)
     given = {k: _convert(k, v) for k, v in values.items() if v is not None}
@@ -223,7 +225,7 @@ def run_id(
 def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
-    "Seed Python, NumPy and torch. Different tuples give unrelated streams (NumPy's SeedSequence)."
+    "Seed Python, NumPy and torch. Different tuples give unrelated streams (NumPy's SeedSequence), but zeros at the end do not count: (42,) and (42, 0) are one."
     state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)

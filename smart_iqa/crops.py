@@ -9,6 +9,7 @@ __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'grid_shape', 'grid_posit
 # %% ../nbs/07_crops.ipynb #0799be53
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice, repeat, takewhile
@@ -273,13 +274,28 @@ def ahead(
     items: Iterable,
     n: int,           # items that may wait at once
 ) -> Iterator:
-    "map() in a pool that works at most n items ahead, so that any number of them fits in memory. What the function raises is raised here."
-    items = iter(items)
-    running = [pool.submit(function, item) for item in islice(items, n)]
-    while running:
-        result = running.pop(0).result()
-        running += [pool.submit(function, item) for item in islice(items, 1)]
-        yield result
+    "map() in a pool that works at most n items ahead, so that any number of them fits in memory. What function or items raise is raised here, in its turn; ValueError for n < 1."
+    if n < 1:
+        raise ValueError(f"n={n}: must be 1 or more")
+    items, running, broken = iter(items), deque(), []
+
+    def start(k):
+        try:
+            running.extend(pool.submit(function, item) for item in islice(items, 0 if broken else k))
+        except Exception as e:  # of the items; what they gave before comes first
+            broken.append(e)
+
+    try:
+        start(n)
+        while running:
+            result = running.popleft().result()
+            start(1)
+            yield result
+        if broken:
+            raise broken[0]
+    finally:
+        for waiting in running:
+            waiting.cancel()
 
 
 def one_ahead(

@@ -169,7 +169,7 @@ class TrainingError(RuntimeError):
 
 
 class Diverged(TrainingError):
-    "Loss or predictions are no numbers; the message names the epoch, the step and the setting to change."
+    "Loss, gradient or predictions are no numbers; the message names the epoch, the step and the setting to change."
 
 
 class _Scored(nn.Module):
@@ -278,6 +278,10 @@ class Solver:
         return True
 
     # -- one epoch ------------------------------------------------------------------------------------------------
+    def _diverged(self, what: str, batch: int) -> Diverged:
+        cfg = self.cfg
+        return Diverged(f"{what} in epoch {self.at['epoch'] + 1}, batch {batch}: lower lr (now {cfg.lr:g}, times {cfg.head_lr_ratio:g} for new parts), or set clip; {self.folder}")
+
     def _step(self, batches: int):
         "One optimizer step on the gradients of `batches` accumulated batches."
         lrs = learning_rates(self.cfg, self.at["epoch"] * self.steps_per_epoch + (self.at["batch"] - 1) // self.cfg.accumulate,
@@ -287,8 +291,11 @@ class Solver:
         parameters = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
         for p in parameters:
             p.grad.div_(batches)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if not torch.isfinite(norm):  # a fused activation may hide it from the loss
+            raise self._diverged(f"the gradient's norm is {norm.item()}", self.at["batch"])
         if self.cfg.clip:
-            nn.utils.clip_grad_norm_(parameters, self.cfg.clip)
+            nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip, norm)
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
@@ -310,8 +317,7 @@ class Solver:
                 pred = devices.whole(self.scored(inputs).float(), len(rows))  # (B,) of the whole batch, in every process
                 loss = self.loss(pred, self.scores[rows], self.stds[rows])
                 if not torch.isfinite(loss):
-                    raise Diverged(f"the loss is {loss.item()} in epoch {at['epoch'] + 1}, batch {batch}: lower lr (now "
-                                        f"{cfg.lr:g}, times {cfg.head_lr_ratio:g} for new parts), or set clip; {self.folder}")
+                    raise self._diverged(f"the loss is {loss.item()}", batch)
                 devices.backward(loss)
             at["batch"] = batch
             at["loss"] += loss.item() * len(rows)

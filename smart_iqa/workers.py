@@ -272,11 +272,12 @@ class LiveTable:
         every: float = 2.0,                      # seconds
         echo: Callable[[str], None] | None = print,  # where there is neither notebook nor terminal; None: silence
     ):
-        self.folders, self.every, self.echo, self.open, self.ended = folders, every, echo, ExitStack(), False
+        self.folders, self.every, self.echo = folders, every, echo
         self.in_kernel = getattr(get_ipython(), "kernel", None) is not None
         self.handle, self.live, self.said, self.line = None, None, time.monotonic(), ""
 
     def __enter__(self):
+        self.ended = False
         if self.in_kernel:
             self.handle = display(HTML(""), display_id=True)
         else:
@@ -285,9 +286,11 @@ class LiveTable:
                 from rich.live import Live
                 console = Console(stderr=True)
                 self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        if self.live:
-            self.open.enter_context(self.live)
-        self.open.enter_context(meanwhile(self._look, self.every))
+        with ExitStack() as stack:
+            if self.live:
+                stack.enter_context(self.live)
+            stack.enter_context(meanwhile(self._look, self.every))
+            self.open = stack.pop_all()
         return self
 
     def __exit__(self, *error):

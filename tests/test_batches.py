@@ -233,13 +233,14 @@ def test_stale_locks(tmp_path):
     assert execute(nb, {}, tmp_path, echo=None) == folder and not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """Lustre without its option flock answers ENOSYS: an error with the mend, and no lock that a killed process would leave behind."""
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    """Lustre without its option flock answers ENOSYS, others other numbers: an error with the mend, and no lock that a killed process would leave behind."""
     nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
     fcntl = pytest.importorskip("fcntl")
 
     def flock(fd, how):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):  # the second time with lock files that lie there, as in a folder that was copied from elsewhere

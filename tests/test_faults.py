@@ -27,7 +27,7 @@ from smart_iqa.metrics import evaluate
 from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_checkpoint
 from smart_iqa.records import open_run, read_lines
 from smart_iqa.sets import DataError
-from smart_iqa.solver import Solver, TrainingError, predict
+from smart_iqa.solver import Diverged, Solver, TrainingError, predict
 
 as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
 
@@ -713,3 +713,14 @@ def test_checkpoint_that_does_not_fit(harm, told, checkpoint, tmp_path):
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_a_weight_that_is_no_number_is_not_hidden(standin, tmp_path):
+    """A kernel that clamps what it computed turns NaN into 0: training ends with the gradient, and scoring does not use such kernels."""
+    cfg = small_config(standin, backbone=None, model_size="lite", amp="on", freeze_batchnorm=True, clip=0.0, epochs=1, cache=str(tmp_path / "cache"))
+    _, feed, model = prepare(cfg)
+    with torch.no_grad():
+        model.backbone.model.blocks[0][0].bn1.weight[0] = float("nan")
+    with pytest.raises(Diverged, match="the gradient's norm is nan in epoch 1, batch 1.*lower lr"):
+        Solver(model, feed, cfg, tmp_path).fit()
+    assert predict(model, feed, "val", 1).pred.isna().all()
