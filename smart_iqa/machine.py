@@ -50,7 +50,7 @@ def use_bf16(
     has = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
     return device.type == "cpu" and any(f() for f in has)
 
-
+# %% ../nbs/01_machine.ipynb #machine4
 def cache_dir(
     cache: str | None = None,  # a folder; None: $SMART_IQA_CACHE, or ~/.cache/smart_iqa
 ) -> Path:
