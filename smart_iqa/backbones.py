@@ -362,8 +362,8 @@ def for_scoring(
     fast = fold_batchnorm(model)
     if bf16 and fast is model:
         fast = copy.deepcopy(model)
-    numbers = all(p.isfinite().all() for p in fast.backbone.parameters())  # the fused ReLU6 makes 0 of what is none
-    if fast is not model and torch.device(device).type == "cpu" and numbers and _has_onednn(bf16):
+    numbers = lambda: all(p.isfinite().all() for p in fast.backbone.parameters())  # the fused ReLU6 makes 0 of what is none
+    if fast is not model and torch.device(device).type == "cpu" and _has_onednn(bf16) and numbers():
         for parent in list(fast.backbone.modules()):
             pairs = list(parent.named_children())
             for (name, conv), (after, act) in zip(pairs, [*pairs[1:], ("", None)]):
