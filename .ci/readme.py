@@ -13,9 +13,10 @@ text, resources = MarkdownExporter().from_notebook_node(index)
 files = {f"nbs/images/index-{k}.png": data for k, data in enumerate(resources["outputs"].values())}
 for name, new in zip(resources["outputs"], files):
     text = text.replace(f"]({name})", f"]({new})")
-text = text.replace("](experiments/", "](nbs/experiments/").replace("](results/", "](nbs/results/")
-for notebook in sorted((root / "nbs").glob("[0-9]*.ipynb")):  # links between notebooks, seen from the top level
-    text = text.replace(f"]({notebook.name})", f"](nbs/{notebook.name})")
+
+for notebook in sorted((root / "nbs").rglob("*.ipynb")):  # links between notebooks, seen from the top level
+    name = notebook.relative_to(root / "nbs").as_posix()
+    text = text.replace(f"]({name})", f"](nbs/{name})")
 text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.strip().splitlines())) + "\n"
 files["README.md"] = text.encode()
 

@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 import importlib
 
-_HOMES = {"SmartIQA": "model", "HyperIQA": "model", "load_checkpoint": "model", "create_scorer": "scoring"}
+_HOMES = {"SmartIQA": "model", "HyperIQA": "model", "load_checkpoint": "model", "create_scorer": "app.scoring"}
 __all__ = ["HyperIQA", "SmartIQA", "create_scorer", "load_checkpoint"]
 
 

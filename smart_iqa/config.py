@@ -6,7 +6,7 @@
 __all__ = ['MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'Config', 'check_names', 'make_config', 'fingerprint', 'content', 'run_id',
            'seed_everything']
 
-# %% ../nbs/00_config.ipynb #a337b7e4
+# %% ../nbs/00_config.ipynb #2a427e6e
 import difflib
 import hashlib
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 
 # %% ../nbs/00_config.ipynb #36d5a062
 @dataclass(frozen=True)

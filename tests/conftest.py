@@ -12,7 +12,7 @@ from PIL import Image
 from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
-from smart_iqa.solver import CropFeed, make_model
+from smart_iqa.training import CropFeed, make_model
 
 SPLITS = ["train"] * 25 + ["val"] * 8 + ["test"] * 8  # 25: batches of 8 leave a last batch of one picture
 

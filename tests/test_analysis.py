@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from smart_iqa.analysis import (
+from smart_iqa.demo import DEMO_NOTE
+from smart_iqa.lab.analysis import (
     SMALL,
     all_of,
     bin_means,
@@ -22,10 +23,9 @@ from smart_iqa.analysis import (
     verdict,
     worst_cases,
 )
-from smart_iqa.demo import DEMO_NOTE
-from smart_iqa.records import read_run, run_digest, summarise
-from smart_iqa.runs import execute
-from smart_iqa.sweeps import VERDICTS
+from smart_iqa.lab.compare import summarise
+from smart_iqa.lab.runs import execute, read_run, run_digest
+from smart_iqa.lab.sweeps import VERDICTS
 
 TINY = dict(profile="demo", limit=24, epochs=1, train_crops=1, val_crops=1, test_crops=2, batch_size=8, crop=64, size=64, amp="off", baseline=False,
             pretrained="none", checkpoint_minutes=5.0, threads=1)

@@ -12,10 +12,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
-from smart_iqa import architecture
-from smart_iqa.architecture import draw_architecture, trace_model, watch
+from smart_iqa.lab import architecture
+from smart_iqa.lab.architecture import draw_architecture, trace_model, watch
+from smart_iqa.lab.runs import RunError, execute
 from smart_iqa.model import HyperIQA, SmartIQA
-from smart_iqa.runs import RunError, execute
 
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
 SWIN = dict(tiny=(96, 192, 384, 768), small=(96, 192, 384, 768), base=(128, 256, 512, 1024))

@@ -7,9 +7,8 @@ import pytest
 from conftest import small_config
 from safetensors.torch import load_file
 
+from smart_iqa.lab.runs import execute, read_run
 from smart_iqa.metrics import srcc
-from smart_iqa.records import read_run
-from smart_iqa.runs import execute
 
 KEEP = ("dataset", "labels", "score_range", "backbone", "pretrained", "size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size",
         "lr", "weight_decay", "patience", "amp", "device", "group_duplicates", "loss")

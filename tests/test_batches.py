@@ -18,13 +18,24 @@ import pandas as pd
 import psutil
 import pytest
 
-from smart_iqa import workers
 from smart_iqa.config import make_config
-from smart_iqa.machine import take_lock
-from smart_iqa.records import FIT_LOCK, KERNEL_LOCK, RUN_LOCK, Busy, is_finished, is_held, list_runs, run_state
-from smart_iqa.runs import RunError, execute, planned_folder
-from smart_iqa.sweeps import run_sweep
-from smart_iqa.workers import Job, connect, finish, run_jobs
+from smart_iqa.files import take_lock
+from smart_iqa.lab import workers
+from smart_iqa.lab.runs import (
+    FIT_LOCK,
+    KERNEL_LOCK,
+    RUN_LOCK,
+    Busy,
+    RunError,
+    execute,
+    is_finished,
+    is_held,
+    list_runs,
+    planned_folder,
+    run_state,
+)
+from smart_iqa.lab.sweeps import run_sweep
+from smart_iqa.lab.workers import Job, connect, finish, run_jobs
 
 pytest.importorskip("distributed", reason="needs Dask distributed: pip install 'smart-iqa[batch]'")
 CLI = [sys.executable, "-c", "import sys; from smart_iqa.cli import main; sys.exit(main())"]
@@ -270,7 +281,7 @@ def test_who_looks_on_shows_the_present_and_hides_nothing(tmp_path):
 
 def test_every_change_of_the_environment_is_told(tmp_path):
     """Back to what it began with is a change, too."""
-    from smart_iqa.records import _write_environment, last_environment
+    from smart_iqa.devices import _write_environment, last_environment
 
     first, second = dict(commit="a", threads=1), dict(commit="b", threads=1)
     for now in (first, second, second | dict(threads=2), second | dict(threads=2), first):
@@ -357,7 +368,7 @@ def test_a_clock_that_jumps(standin, tmp_path, undisturbed):
     clock, out = tmp_path / "clock", tmp_path / "out"
     given = recipe(standin, open_test=False, seed=0)
     words = [f"{k}={v}" for k, v in given.items()] + [f"out={out}", "batch=study", "name=control-s0"]
-    trained = subprocess.Popen([sys.executable, "-m", "smart_iqa.runs", *words], env=OWN | false_clock(clock))
+    trained = subprocess.Popen([sys.executable, "-m", "smart_iqa.lab.runs", *words], env=OWN | false_clock(clock))
     assert jumping(clock, trained, 0.3) > 5 and trained.returncode == 0
     journal, = out.glob("study/*/metrics.jsonl")
     assert pd.read_json(journal, lines=True).seconds.between(0, 600).all() and (journal.parent / "resume.pt").exists()
@@ -377,13 +388,13 @@ def test_a_whole_batch_under_a_clock_that_jumps(standin, tmp_path, undisturbed):
 
 def test_by_hand_nothing_is_opened_where_somebody_works(standin, tmp_path):
     """Several processes that train; a kernel whose launcher died; a run that is finished just now. What was taken before the error is given back."""
-    from smart_iqa import records
     from smart_iqa.data import load_set
+    from smart_iqa.lab import runs as records
 
     cfg = make_config(**recipe(standin, seed=0))
     found, run = load_set(cfg), tmp_path / "run"
     run.mkdir()
-    hold = "import sys; from smart_iqa.records import hold_here; hold_here(sys.argv[1], sys.argv[2]); print('here', flush=True); sys.stdin.read()"
+    hold = "import sys; from smart_iqa.lab.runs import hold_here; hold_here(sys.argv[1], sys.argv[2]); print('here', flush=True); sys.stdin.read()"
     for name in (FIT_LOCK, KERNEL_LOCK):
         other = subprocess.Popen([sys.executable, "-c", hold, str(run), name], env=OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "here\n"
@@ -414,7 +425,7 @@ import sys
 from pathlib import Path
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
-from smart_iqa.records import open_run
+from smart_iqa.lab.runs import open_run
 cfg = make_config(profile="demo", **{given!r})
 open_run(Path({str(folder)!r}), cfg, load_set(cfg))
 print("open", flush=True)

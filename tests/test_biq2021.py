@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from smart_iqa.config import make_config
-from smart_iqa.data import leaked, load_set
+from smart_iqa.data import load_set
 from smart_iqa.images import load_image
 from smart_iqa.sets import KONIQ_PAPER_LEAVES_OUT
+from smart_iqa.splits import leaked
 
 DATA = Path(os.environ.get("SMART_IQA_DATA") or Path(__file__).parents[2] / "shared" / "data").expanduser()
 ROOT, KONIQ = DATA / "biq2021", DATA / "scores" / "koniq10k_distributions_sets.csv"

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from smart_iqa.crops import build_cache
-from smart_iqa.data import ImageSet
 from smart_iqa.sets import DataError
+from smart_iqa.splits import ImageSet
 
 N = 48
 BUILD = """
@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 import pandas as pd
 from smart_iqa.crops import build_cache
-from smart_iqa.data import ImageSet
+from smart_iqa.splits import ImageSet
 
 if __name__ == "__main__":
     root, folder, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -19,11 +19,13 @@ from test_biq2021 import ROOT as BIQ
 from test_biq2021 import needs_biq
 
 from smart_iqa import checks
-from smart_iqa.checks import FACTS, MAX_LINES, check_set, fetch_set, find_lines, look
+from smart_iqa.checks import MAX_LINES, check_set, fetch_set, find_lines, look
 from smart_iqa.cli import main
 from smart_iqa.config import make_config
-from smart_iqa.data import load_set, read_split, sketch
+from smart_iqa.data import load_set
 from smart_iqa.images import load_image
+from smart_iqa.sets import FACTS
+from smart_iqa.splits import read_split, sketch
 
 N = dict(train=26, val=6, test=8)
 
@@ -85,7 +87,7 @@ def test_sound_set(root, run):
 
 def test_each_picture_is_decoded_once(root, monkeypatch):
     """The readability check and the search for near-duplicates share the pixels, and `load_set` finds the pairs afterwards."""
-    import smart_iqa.data as data
+    import smart_iqa.splits as data
 
     opened = []
     monkeypatch.setattr(checks, "load_image", lambda p: opened.append(Path(p).name) or load_image(p))

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 from conftest import picture
 
-from smart_iqa import figures
 from smart_iqa.config import make_config
+from smart_iqa.files import write_json
+from smart_iqa.lab import figures
+from smart_iqa.lab.compare import compare_cells, cross_cells, summarise
+from smart_iqa.lab.runs import find_notebook, read_run
 from smart_iqa.metrics import compare, evaluate_runs, holm, plcc, srcc
-from smart_iqa.records import compare_cells, cross_cells, read_run, summarise, write_json
-from smart_iqa.runs import find_notebook
 
 LABELS = pd.DataFrame(dict(image=[f"t{i:02d}.png" for i in range(40)], score=np.random.default_rng(1).uniform(5, 95, 40).round(2), split="test"))
 
@@ -219,7 +220,7 @@ def run_notebook(monkeypatch, tmp_path, root, harm=None, **given) -> Path:
     def finish(jobs, out, batch, *others):
         return {key: execute(job.notebook, job.parameters, out, batch, job.name) for key, job in jobs.items()}
 
-    monkeypatch.setattr("smart_iqa.workers.finish", finish)
+    monkeypatch.setattr("smart_iqa.lab.workers.finish", finish)
     recipe = dict(labels="labels.csv", score_range="0,100", split="official", leaks="mark")
     values = (
         dict(
@@ -323,7 +324,7 @@ def test_notebook_refuses(monkeypatch, tmp_path, domains):
 @pytest.mark.slow
 def test_notebook_trains_and_tests_on_the_demo_set(tmp_path, monkeypatch):
     """The real thing, smallest: two kinds of damage, one seed, trained, evaluated and told by papermill; the second call starts nothing."""
-    from smart_iqa.runs import execute
+    from smart_iqa.lab.runs import execute
 
     small = dict(pretrained="none", size=64, crop=64, epochs=1, train_crops=1, val_crops=1, test_crops=1, batch_size=8, amp="off")
     given = dict(

@@ -15,8 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from smart_iqa.demo import DEMO_NOTE
-from smart_iqa.records import read_run
-from smart_iqa.runs import RunError, execute
+from smart_iqa.lab.runs import RunError, execute, read_run
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
 SMALL = dict(profile="demo", limit=24, epochs=3, train_crops=1, val_crops=1, test_crops=1, batch_size=8, crop=64, size=64, amp="off",

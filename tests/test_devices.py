@@ -16,11 +16,11 @@ from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
 from smart_iqa.devices import Devices
+from smart_iqa.files import read_lines
 from smart_iqa.frozen import FrozenFeed
+from smart_iqa.lab.runs import execute, fit_together, is_held, open_run
 from smart_iqa.model import load_checkpoint
-from smart_iqa.records import is_held, open_run, read_lines
-from smart_iqa.runs import execute, fit_together
-from smart_iqa.solver import CropFeed, Solver, TrainingError, make_model, predict
+from smart_iqa.training import CropFeed, Solver, TrainingError, make_model, predict
 
 pytest.importorskip("accelerate")
 CASES = {  # 25 training pictures in batches of 8: the last batch of one picture leaves one process without any
@@ -34,9 +34,9 @@ CASES = {  # 25 training pictures in batches of 8: the last batch of one picture
 SCRIPT = '''
 import json, os, sys
 from smart_iqa.crops import build_cache
-from smart_iqa.runs import train_together
-from smart_iqa.solver import CropFeed
-import smart_iqa.runs as runs, smart_iqa.solver as solver
+from smart_iqa.lab.runs import train_together
+from smart_iqa.training import CropFeed
+import smart_iqa.lab.runs as runs, smart_iqa.training as solver
 
 class Killed(Exception): pass
 stop, seen, feed, fit = json.loads(sys.argv[1]), [0], CropFeed.train_batches, solver.Solver.fit
@@ -187,7 +187,7 @@ def test_killed_processes(pairs, standin):
     journal, line = folder / "metrics.jsonl", f"""
 import json
 from smart_iqa.config import make_config
-from smart_iqa.runs import fit_together
+from smart_iqa.lab.runs import fit_together
 fit_together({str(folder)!r}, make_config(**json.load(open({str(folder / "config.json")!r}))))"""
 
     def launched(epochs):
@@ -238,7 +238,7 @@ def test_the_notebook_trains_in_two_processes(tmp_path, standin):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     lines = [[sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={k}", "--nproc-per-node=1", "--master-addr=127.0.0.1",
-              f"--master-port={port}", "-m", "smart_iqa.runs", *words] for k in (0, 1)]
+              f"--master-port={port}", "-m", "smart_iqa.lab.runs", *words] for k in (0, 1)]
     for p in [subprocess.Popen(w) for w in lines]:
         assert p.wait(300) == 0
     assert np.allclose(curve(tmp_path / "3" / "runs" / one.name), curve(one), rtol=1e-4, atol=1e-4)
@@ -253,7 +253,7 @@ def test_what_cannot_be_launched(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(RuntimeError, match="--multi_gpu"):
         Devices.of_launcher("cpu")
-    monkeypatch.setattr("smart_iqa.runs.find_spec", lambda name: None)
+    monkeypatch.setattr("smart_iqa.lab.runs.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="smart-iqa.batch"):
         fit_together(tmp_path, make_config("lite", device="cpu", processes=2))
 

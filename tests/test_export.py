@@ -16,13 +16,22 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from smart_iqa import create_scorer
+from smart_iqa.app.export import (
+    ExportError,
+    OnnxScorer,
+    check_onnx,
+    compare_engines,
+    export_onnx,
+    model_card,
+    quantise_onnx,
+    save_pretrained,
+)
+from smart_iqa.app.intervals import Calibration
+from smart_iqa.app.panel import ScorePanel, quality_figure
+from smart_iqa.app.scoring import Policy, Scorer, cut
 from smart_iqa.crops import normalise
 from smart_iqa.demo import photograph
-from smart_iqa.export import ExportError, OnnxScorer, check_onnx, compare_engines, export_onnx, model_card, quantise_onnx, save_pretrained
-from smart_iqa.intervals import Calibration
 from smart_iqa.model import CheckpointError, SmartIQA
-from smart_iqa.panel import ScorePanel, quality_figure
-from smart_iqa.scoring import Policy, Scorer, cut
 
 INFO = dict(name="toy", trained_on="toys", licence="MIT")
 
@@ -246,7 +255,7 @@ def test_offline_hub_id_is_a_clear_and_quick_error():
     """In a fresh process: importing asks for no optional package; an id that is not cached ends in one sentence within seconds."""
     code = """
 import sys, time
-import smart_iqa.export, smart_iqa.panel
+import smart_iqa.app.export, smart_iqa.app.panel
 assert not {"onnx", "onnxruntime", "onnxscript", "openvino", "ipywidgets"} & set(sys.modules), "imported"
 start = time.time()
 try:

@@ -22,12 +22,13 @@ from scipy.stats import ConstantInputWarning
 from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache, grid_plan, random_plan
 from smart_iqa.data import load_set
+from smart_iqa.files import read_lines
 from smart_iqa.images import ImageError, load_image, resize
+from smart_iqa.lab.runs import open_run
 from smart_iqa.metrics import evaluate
 from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_checkpoint
-from smart_iqa.records import open_run, read_lines
 from smart_iqa.sets import DataError
-from smart_iqa.solver import Diverged, Solver, TrainingError, predict
+from smart_iqa.training import Diverged, Solver, TrainingError, predict
 
 as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from smart_iqa.app.scoring import Policy, Scorer, create_scorer, save_scorer
 from smart_iqa.cli import main
+from smart_iqa.lab.runs import execute, read_run
 from smart_iqa.model import build_model
-from smart_iqa.records import read_run
-from smart_iqa.runs import execute
-from smart_iqa.scoring import Policy, Scorer, create_scorer, save_scorer
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,15 @@ import torch
 from conftest import prepare, small_config
 from safetensors.torch import load_file
 
-from smart_iqa import solver
+from smart_iqa import training
 from smart_iqa.crops import jitter, normalise
 from smart_iqa.data import load_set
+from smart_iqa.devices import note_environment
+from smart_iqa.files import read_lines
 from smart_iqa.frozen import FrozenFeed
+from smart_iqa.lab.runs import open_run, run_folder
 from smart_iqa.model import HyperIQA, SmartIQA
-from smart_iqa.records import note_environment, open_run, read_lines, run_folder
-from smart_iqa.solver import CropFeed, Solver, learning_rates, make_model, predict
+from smart_iqa.training import CropFeed, Solver, learning_rates, make_model, predict
 
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
 
@@ -182,7 +184,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from conftest import prepare, small_config
-from smart_iqa.solver import Solver
+from smart_iqa.training import Solver
 cfg = small_config(sys.argv[2], **json.loads(sys.argv[4]))
 _, feed, model = prepare(cfg)
 print(json.dumps(Solver(model, feed, cfg, sys.argv[3]).fit()))
@@ -285,7 +287,7 @@ def test_part_that_chooses_the_epoch(protocol, chosen_on, other, folder, tmp_pat
 def test_parts_that_training_looks_at(protocol, part, standin, tmp_path, monkeypatch):
     """By default the test part is not even scored while training."""
     seen = []
-    monkeypatch.setattr("smart_iqa.solver.predict", lambda m, f, split, *a, **k: seen.append(split) or predict(m, f, split, *a, **k))
+    monkeypatch.setattr("smart_iqa.training.predict", lambda m, f, split, *a, **k: seen.append(split) or predict(m, f, split, *a, **k))
     train(small_config(standin, protocol=protocol, size=64, crop=64), tmp_path)
     assert seen == [part] * 2
 
@@ -516,8 +518,8 @@ def test_accumulated_batches_are_one_large_batch(standin, tmp_path):
 
 def test_the_checkpoint_is_of_the_best_epoch_that_was_written_down(standin, tmp_path, monkeypatch):
     """Killed between the weights of a best epoch and its resume point; validated again, on another device say, that epoch is not the best."""
-    values, evaluate, cfg = iter([0.5, 0.9, 0.4]), solver.evaluate, small_config(standin, seed=0)
-    monkeypatch.setattr(solver, "evaluate", lambda *a, **k: evaluate(*a, **k) | dict(srcc=next(values)))
+    values, evaluate, cfg = iter([0.5, 0.9, 0.4]), training.evaluate, small_config(standin, seed=0)
+    monkeypatch.setattr(training, "evaluate", lambda *a, **k: evaluate(*a, **k) | dict(srcc=next(values)))
     images, feed, model = prepare(cfg)
     folder = open_run(tmp_path / "run", cfg, images, keep=False)
     first, save, kept = Solver(model, feed, cfg, folder), Solver.save, {}

@@ -15,7 +15,8 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs" / "results").glob("*.ipynb"))
+FOLDERS = ("", "lab", "app", "results")
+LIBRARY = [p for folder in FOLDERS for p in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
@@ -43,11 +44,11 @@ def test_package_equals_export(tmp_path):
     for name in ("nbs", "smart_iqa"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for file in (tmp_path / "smart_iqa").glob("[!_]*.py"):
+    for file in (tmp_path / "smart_iqa").rglob("[!_]*.py"):
         file.unlink()  # what no notebook exports must not survive
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, timeout=300)
-    names = {p.name for p in (ROOT / "smart_iqa").glob("*.py")}
-    assert names == {p.name for p in (tmp_path / "smart_iqa").glob("*.py")}
+    names, exported = ({p.relative_to(r / "smart_iqa").as_posix() for p in (r / "smart_iqa").rglob("*.py")} for r in (ROOT, tmp_path))
+    assert names == exported
     _, different, errors = filecmp.cmpfiles(ROOT / "smart_iqa", tmp_path / "smart_iqa", sorted(names), shallow=False)
     assert not different + errors
 

@@ -13,10 +13,10 @@ from conftest import picture
 import smart_iqa.data
 from smart_iqa.cli import parse_parameters
 from smart_iqa.config import Config, make_config
-from smart_iqa.data import DataLoader
+from smart_iqa.data import DataLoader, index_names
+from smart_iqa.lab.runs import parameters_of
 from smart_iqa.model import SmartIQA, load_checkpoint, native_name
-from smart_iqa.original import FLAGS, TOOLS, index_names, translate
-from smart_iqa.runs import parameters_of
+from smart_iqa.original import FLAGS, TOOLS, translate
 
 TRAIN, CROSS = (
     "python scripts/train_smart_iqa.py",

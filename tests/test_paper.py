@@ -13,10 +13,9 @@ import pandas as pd
 import pytest
 
 from smart_iqa.demo import DEMO_NOTE
-from smart_iqa.paper import STEPS, _Listing, parameters_for, run_paper
-from smart_iqa.records import compare_runs, list_runs, run_digest
-from smart_iqa.runs import RunError, parameters_of
-from smart_iqa.sweeps import arms_figure, caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
+from smart_iqa.lab.paper import STEPS, _Listing, parameters_for, run_paper
+from smart_iqa.lab.runs import RunError, compare_runs, list_runs, parameters_of, run_digest
+from smart_iqa.lab.sweeps import arms_figure, caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
 TINY = dict(limit=24, epochs=1, batch_size=8, crop=64, size=64, train_crops=1, val_crops=1, test_crops=1, pretrained="none", amp="off", threads=1, frozen=False)

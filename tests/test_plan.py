@@ -9,17 +9,16 @@ import pytest
 import torch
 from conftest import small_config
 
-from smart_iqa import plan, probe
 from smart_iqa.backbones import forward_flops
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
-from smart_iqa.paper import pick_steps
-from smart_iqa.plan import Machine, cost_of, describe, project
-from smart_iqa.planned import PlannedRun, asked_runs, planned_runs
-from smart_iqa.probe import data_key, kind_key, kind_of
-from smart_iqa.records import is_finished, run_folder
-from smart_iqa.runs import RunError, execute, planned_folder
-from smart_iqa.solver import make_model
+from smart_iqa.lab import plan, probe
+from smart_iqa.lab.paper import pick_steps
+from smart_iqa.lab.plan import Machine, cost_of, describe, project
+from smart_iqa.lab.planned import PlannedRun, asked_runs, planned_runs
+from smart_iqa.lab.probe import data_key, kind_key, kind_of
+from smart_iqa.lab.runs import RunError, execute, is_finished, planned_folder, run_folder
+from smart_iqa.training import make_model
 
 RECIPE = dict(dataset="csv", labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64, crop=64,
               train_crops=1, val_crops=2, test_crops=4, epochs=1, batch_size=8, group_duplicates=False, amp="off", device="cpu", leaks="mark", baseline=False)
@@ -112,7 +111,7 @@ def test_every_sweep_of_the_paper_can_be_asked():
 def test_a_sweep_that_cannot_be_reached_is_an_error(tmp_path):
     """Two sweeps in one cell: the second would be left out, and the batch look cheaper than it is."""
     cell = nbformat.v4.new_code_cell
-    two = "from smart_iqa.sweeps import run_sweep\na = run_sweep({'x': {}}, {}, [0])\nb = run_sweep({'y': {}}, {}, [0])"
+    two = "from smart_iqa.lab.sweeps import run_sweep\na = run_sweep({'x': {}}, {}, [0])\nb = run_sweep({'y': {}}, {}, [0])"
     nb = nbformat.v4.new_notebook(cells=[cell("profile = None", metadata=dict(tags=["parameters"])), cell(two)])
     nbformat.write(nb, tmp_path / "two.ipynb")
     with pytest.raises(RunError, match="starts 2 sweeps and 1 could be asked"):
@@ -151,7 +150,7 @@ def test_planned_runs_are_those_that_a_sweep_would_start(name, standin, monkeypa
             started.append(planned_folder(job.notebook, job.parameters, out, batch).name)
             yield k, RunError("stopped by the test", "Diverged", "")
 
-    monkeypatch.setattr("smart_iqa.sweeps.run_jobs", fail)
+    monkeypatch.setattr("smart_iqa.lab.sweeps.run_jobs", fail)
     given = dict(profile="demo", root=str(standin), recipe=json.dumps(RECIPE), seeds="0")
     with pytest.raises(RunError, match="no run of the control"):
         asked_runs(name, given, collecting=False)

@@ -10,9 +10,9 @@ from smart_iqa.cli import main
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
 from smart_iqa.demo import KONIQ_NOTE, render_koniq
-from smart_iqa.probe import FirstBatches
-from smart_iqa.runs import execute
-from smart_iqa.solver import CropFeed
+from smart_iqa.lab.probe import FirstBatches
+from smart_iqa.lab.runs import execute
+from smart_iqa.training import CropFeed
 
 
 def test_the_whole_notebook(tmp_path):

@@ -23,13 +23,22 @@ import torch
 from conftest import picture
 from PIL import Image, ImageCms
 
+from smart_iqa.app.folders import (
+    COLUMNS,
+    Found,
+    Journal,
+    contact_sheet,
+    find_pictures,
+    model_id,
+    read_scores,
+    score_files,
+)
+from smart_iqa.app.intervals import Calibration
+from smart_iqa.app.scoring import Policy, Scorer, create_scorer, save_scorer
 from smart_iqa.cli import main
 from smart_iqa.demo import photograph
-from smart_iqa.folders import COLUMNS, Found, Journal, contact_sheet, find_pictures, model_id, read_scores, score_files
 from smart_iqa.images import ImageError, load_image
-from smart_iqa.intervals import Calibration
 from smart_iqa.model import build_model
-from smart_iqa.scoring import Policy, Scorer, create_scorer, save_scorer
 
 posix = pytest.mark.skipif(os.name == "nt", reason="names, pipes and signals of POSIX")
 
@@ -752,7 +761,7 @@ def test_two_commands_on_one_table(toy, photos, tmp_path):
     """The second says so and leaves the table alone; when the first has ended, it goes on."""
     out, code = tmp_path / "s.csv", """
 import sys, time
-from smart_iqa.folders import _alone
+from smart_iqa.app.folders import _alone
 with _alone(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(600)

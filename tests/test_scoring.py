@@ -7,11 +7,11 @@ import torch
 from PIL import Image, ImageFilter
 
 import smart_iqa
+from smart_iqa.app.intervals import Calibration
+from smart_iqa.app.scoring import Policy, Scorer, create_scorer, layout, save_scorer
 from smart_iqa.demo import photograph
 from smart_iqa.images import ImageError
-from smart_iqa.intervals import Calibration
 from smart_iqa.model import CheckpointError, build_model, find_checkpoint, read_about
-from smart_iqa.scoring import Policy, Scorer, create_scorer, layout, save_scorer
 
 PHOTOS = ("coffee", "chelsea", "camera", "rocket")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smart_iqa.runs import execute
+from smart_iqa.lab.runs import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SMART_IQA_DATA", ROOT.parent / "shared" / "data"))

@@ -11,13 +11,13 @@ from conftest import picture, prepare, small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from smart_iqa.app.panel import quality_figure
+from smart_iqa.app.scoring import Policy, Scorer
 from smart_iqa.config import make_config, run_id
-from smart_iqa.figures import attention_by_decile, attention_table
 from smart_iqa.frozen import FrozenFeed
+from smart_iqa.lab.figures import attention_by_decile, attention_table
 from smart_iqa.model import CheckpointError, HyperIQA, SmartIQA, build_model, load_checkpoint, save_checkpoint
-from smart_iqa.panel import quality_figure
-from smart_iqa.scoring import Policy, Scorer
-from smart_iqa.solver import Solver, make_model, predict
+from smart_iqa.training import Solver, make_model, predict
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +293,7 @@ def test_scorer_and_panel(scorer):
 def test_onnx(scorer, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install onnx onnxscript onnxruntime")
-    from smart_iqa.export import OnnxScorer, export_onnx
+    from smart_iqa.app.export import OnnxScorer, export_onnx
 
     found = export_onnx(scorer, tmp_path / "a.onnx")
     assert sorted(set(found.batch)) == [1, 3, 20] and found.attention.max() <= 1e-5
