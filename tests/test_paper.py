@@ -15,7 +15,8 @@ import pytest
 from smart_iqa.demo import DEMO_NOTE
 from smart_iqa.lab.paper import STEPS, _Listing, parameters_for, run_paper
 from smart_iqa.lab.runs import RunError, compare_runs, list_runs, parameters_of, run_digest
-from smart_iqa.lab.sweeps import arms_figure, caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
+from smart_iqa.lab.figures import arms_figure
+from smart_iqa.lab.sweeps import caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
 TINY = dict(limit=24, epochs=1, batch_size=8, crop=64, size=64, train_crops=1, val_crops=1, test_crops=1, pretrained="none", amp="off", threads=1, frozen=False)

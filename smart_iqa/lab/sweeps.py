@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'TUNED', 'SEEDS', 'SIZES', 'SHOWN', 'VERDICTS', 'recipe_of', 'seeds_of', 'Sweep', 'run_sweep',
-           'sweep_table', 'readable', 'stacked', 'caption_of', 'title_of', 'arms_figure', 'line_figure', 'cost_figure',
-           'history_figure', 'show_table', 'claim', 'holm_verdict', 'verdict_of', 'experiment_folder',
-           'write_experiment', 'is_current']
+           'sweep_table', 'readable', 'stacked', 'caption_of', 'title_of', 'show_table', 'claim', 'holm_verdict',
+           'verdict_of', 'experiment_folder', 'write_experiment', 'is_current']
 
 # %% ../../nbs/lab/sweeps.ipynb #3910a97c
 import json
@@ -15,16 +14,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
-from matplotlib.ticker import MaxNLocator
 
 from ..config import check_names, fingerprint
-from smart_iqa.lab.figures import (
-    PALETTE, WIDTH, difference_text, markdown, need_columns, new_figure, save, save_table, style,
-)
+from .figures import difference_text, markdown, save, save_table
 from ..metrics import ceiling_of, evaluate_runs
 from ..devices import environment
 from ..files import write_json
@@ -272,151 +267,6 @@ def title_of(sweep: Sweep) -> str:
     first = next(iter(sweep.runs.values()))
     name = "rendered demo set, no opinions" if first["dataset"] == "demo" else first["dataset"] + (", rendered stand-in, no opinions" if sweep.note else "")
     return f"{name}, {PART_NAMES[sweep.compared]}, n = {len(part_of(first['predictions'], sweep.compared))}, seeds {', '.join(map(str, sweep.seeds))}"
-
-
-def _interval_label(t: pd.DataFrame) -> str:
-    return "95 % interval" if t.srcc_low.notna().any() else "too few scenes for intervals"
-
-# %% ../../nbs/lab/sweeps.ipynb #b6a2fa1f
-def _published_panel(ax, published: pd.DataFrame, metric: str):
-    "Hollow dots of what others report."
-    p = published[published[metric].notna()].iloc[::-1]
-    ax.plot(p[metric], range(len(p)), "o", mfc="white", mec="0.35", ms=4.5)
-    ax.set(yticks=range(len(p)), yticklabels=p.method, ylim=(-0.7, len(p) - 0.3), xlabel=f"{metric.upper()} on {'/'.join(dict.fromkeys(p.dataset))}",
-           title=f"published, not measured here ({'; '.join(dict.fromkeys(p.source))})")
-
-
-def _each(row) -> np.ndarray:
-    return np.array(str(row.each).split(), float)
-
-
-def arms_figure(
-    table: pd.DataFrame,   # of `sweep_table`
-    title: str = "",
-    published: pd.DataFrame | None = None,  # rows of `published_table`, in a panel below
-    ceiling: dict | None = None,            # of `metrics.noise_ceiling`: srcc, and its range
-) -> plt.Figure:           # left: SRCC with intervals, small dots are seeds; right: paired difference to the control
-    "Arms without an order. ValueError for a table without rows."
-    need_columns(table, ["arm", "seeds", "srcc", "srcc_low", "srcc_high", "diff", "low", "high", "p_holm", "each", "missing"], "sweep")
-    t = table.iloc[::-1].reset_index(drop=True)
-    told = published is not None and published.srcc.notna().any()
-    with style():
-        rows = [len(t) + 1.5, *([published.srcc.notna().sum() + 1.5] if told else [])]
-        fig = plt.figure(figsize=(WIDTH, 0.5 + 0.27 * sum(rows) + 0.35 * told))
-        plt.close(fig)
-        grid = fig.add_gridspec(1 + told, 2, height_ratios=rows, width_ratios=(1.25, 1))
-        a = fig.add_subplot(grid[0, 0])
-        b = fig.add_subplot(grid[0, 1], sharey=a)
-        for y, r in enumerate(t.itertuples()):
-            if not r.seeds:
-                a.text(0.02, y, r.missing.split(":")[0], transform=a.get_yaxis_transform(), va="center", fontsize="small", color="0.45", style="italic")
-                continue
-            a.plot(_each(r), [y - 0.22] * r.seeds, ".", color="0.55", ms=3.5, zorder=1)
-            a.hlines(y, r.srcc_low, r.srcc_high, color=PALETTE[0], lw=1.5)
-            a.plot(r.srcc, y, "o", color=PALETTE[0], ms=4.5)
-            if pd.notna(r.diff):
-                b.hlines(y, r.low, r.high, color=PALETTE[1], lw=1.5)
-                b.plot(r.diff, y, "o", color=PALETTE[1], mfc=PALETTE[1] if r.p_holm < 0.05 else "white", ms=4.5)
-        if ceiling:
-            a.axvspan(ceiling["srcc_low"], ceiling["srcc_high"], color="0.88", zorder=0)
-            a.axvline(ceiling["srcc"], color="0.4", lw=0.8, ls=":")
-            a.text(ceiling["srcc_low"], -0.55, "ceiling of label noise ", ha="right", va="bottom", fontsize="small", color="0.4")
-        b.axvline(0, color="0.4", lw=0.8)
-        a.set(yticks=range(len(t)), yticklabels=t.arm, ylim=(-0.6, len(t) - 0.4), xlabel=f"SRCC\n({_interval_label(t)}; grey: seeds)")
-        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
-        b.set(xlabel=f"minus the first\n({_interval_label(t)})", title="filled: corrected p < .05")
-        if t["diff"].isna().all(): b.set_visible(False)
-        b.tick_params(labelleft=False)
-        for ax in (a, b): ax.grid(axis="y", visible=False)
-        if told: _published_panel(fig.add_subplot(grid[1, :]), published, "srcc")
-    return fig
-
-# %% ../../nbs/lab/sweeps.ipynb #82151b33
-def line_figure(
-    table: pd.DataFrame,   # of `sweep_table`
-    x: dict[str, float],   # arm to its place on the axis
-    xlabel: str,
-    title: str = "",
-    log: bool = False,
-    published: pd.DataFrame | None = None,  # rows of `published_table`, in a panel below
-    groups: dict[str, str] | None = None,   # arm to the line it belongs to; None: one line
-    ceiling: dict | None = None,            # of `metrics.noise_ceiling`
-) -> plt.Figure:           # SRCC with 95 % intervals against x; small dots are seeds
-    "Arms along an axis. ValueError where no arm on the axis was run."
-    t = table[table.arm.isin(x) & (table.seeds > 0)].assign(x=lambda d: d.arm.map(x), line=lambda d: d.arm.map(groups or {}).fillna(""))
-    need_columns(t, ["srcc", "srcc_low", "srcc_high", "each"], "arms on the axis that were run")
-    told = published is not None and published.srcc.notna().any()
-    with style():
-        heights = [2.3, *([0.45 + 0.22 * published.srcc.notna().sum()] if told else [])]
-        fig, axes = new_figure(1 + told, height=0.5 + sum(heights), width=WIDTH * 0.72, height_ratios=heights, squeeze=False)
-        ax = axes[0, 0]
-        for k, (line, d) in enumerate(t.sort_values("x").groupby("line")):
-            shift = (1 + 0.04 * k) if log else 1
-            place = d.x * shift + (0 if log else 0.012 * k * np.ptp(t.x))
-            ax.plot(place, d.srcc, marker="os^D"[k % 4], ms=4.5, color=PALETTE[k], label=line)
-            ax.vlines(place, d.srcc_low, d.srcc_high, color=PALETTE[k], lw=1)
-            for at, r in zip(place, d.itertuples()):
-                ax.plot([at] * r.seeds, _each(r), ".", color="0.45", ms=3, zorder=1)
-        if groups: ax.legend(fontsize="small")
-        if ceiling:
-            ax.axhspan(ceiling["srcc_low"], ceiling["srcc_high"], color="0.88", zorder=0)
-            ax.text(0.99, ceiling["srcc_low"], "ceiling of label noise", transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize="small", color="0.4")
-        if log: ax.set_xscale("log")
-        ax.set(xlabel=xlabel, ylabel=f"SRCC\n({_interval_label(t)}; dots: seeds)", title=title)
-        if told: _published_panel(axes[1, 0], published, "srcc")
-    return fig
-
-# %% ../../nbs/lab/sweeps.ipynb #715076b9
-def cost_figure(
-    table: pd.DataFrame,   # of `sweep_table`
-    title: str = "",
-    ceiling: dict | None = None,  # of `metrics.noise_ceiling`
-) -> plt.Figure:           # SRCC with 95 % intervals against parameters
-    "Arms by what they cost; those that were not run are named below."
-    t = table[table.seeds > 0]
-    need_columns(t, ["parameters", "srcc", "srcc_low", "srcc_high", "each"], "arms that were run")
-    with style():
-        fig, ax = new_figure(height=2.5, width=WIDTH * 0.6)
-        for k, r in enumerate(t.itertuples()):
-            x = r.parameters / 1e6
-            ax.vlines(x, r.srcc_low, r.srcc_high, color=PALETTE[0], lw=1.2)
-            ax.plot([x] * r.seeds, _each(r), ".", color="0.45", ms=3, zorder=1)
-            ax.plot(x, r.srcc, "o", color=PALETTE[0], ms=5)
-            ax.annotate(r.arm, (x, r.srcc), xytext=(6, 3), textcoords="offset points", fontsize="small")
-        ax.margins(x=0.2)
-        if ceiling:
-            ax.axhspan(ceiling["srcc_low"], ceiling["srcc_high"], color="0.88", zorder=0, label="ceiling of label noise")
-            ax.legend(fontsize="small")
-        lost = table.arm[table.seeds == 0].tolist()
-        ax.set(xlabel="parameters (millions)" + (f"\nnot run: {', '.join(lost)}" if lost else ""), ylabel=f"SRCC\n({_interval_label(t)}; dots: seeds)", title=title)
-    return fig
-
-
-def history_figure(
-    runs: dict[str, dict],  # label to a run
-    groups: dict[str, str] | None = None,  # label to the group whose colour it has; None: a colour each
-    title: str = "",
-) -> plt.Figure:            # training loss, and SRCC on the part that chose, by epoch
-    "How several runs went; a dot marks the epoch that was kept."
-    colours = {g: PALETTE[k % len(PALETTE)] for k, g in enumerate(dict.fromkeys((groups or {r: r for r in runs}).values()))}
-    with style():
-        fig, axes = new_figure(cols=2, height=2.3)
-        for label, run in runs.items():
-            h, colour = run["history"], colours[(groups or {}).get(label, label)]
-            for ax, column in zip(axes, ("train_loss", "val_srcc")):
-                ax.plot(h.epoch, h[column].astype(float), lw=1.1, color=colour, label=(groups or {}).get(label, label))
-            kept = h[h.epoch == run["best_epoch"]]
-            axes[1].plot(kept.epoch, kept.val_srcc, "o", ms=4, color=colour)
-        axes[0].set(ylabel="training loss", yscale="log", title=f"{len(runs)} run{'s' * (len(runs) > 1)}")
-        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
-        part = "test" if any("chosen_on" in r["history"] and (r["history"].chosen_on == "test").any() for r in runs.values()) else "validation"
-        axes[1].set(ylabel=f"SRCC ({part})", title="dots: the epochs that were kept")
-        for ax in axes:
-            ax.set_xlabel("epoch")
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
-    return fig
 
 # %% ../../nbs/lab/sweeps.ipynb #39323e2b
 VERDICTS = ("holds", "does not hold", "not decided", "cannot be tested here")
