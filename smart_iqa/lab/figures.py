@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'MARKERS', 'PALETTE', 'STAGES', 'BASELINE', 'PARTS', 'COLUMNS', 'ARM_COLUMNS', 'style', 'new_figure', 'save',
-           'need_columns', 'training_curves', 'scatter', 'attention_table', 'attention_by_decile', 'measured_table',
-           'difference_text', 'results_table', 'markdown', 'arms_forest', 'ladder', 'published_table',
-           'against_published', 'arms_figure', 'line_figure', 'cost_figure', 'history_figure', 'cross_wide', 'booktabs',
-           'save_table', 'cross_heatmap']
+           'need_columns', 'training_curves', 'scatter', 'with_interval', 'attention_table', 'attention_by_decile',
+           'measured_table', 'difference_text', 'results_table', 'markdown', 'ladder', 'published_table',
+           'against_published', 'arms_figure', 'arms_forest', 'line_figure', 'cost_figure', 'history_figure',
+           'cross_wide', 'booktabs', 'save_table', 'cross_heatmap']
 
 # %% ../../nbs/lab/figures.ipynb #a05e4a39
 import io
@@ -30,17 +30,23 @@ WIDTH = 7.0  # inches: the text width of a two-column page
 MARKERS = "os^D"
 PALETTE = sns.color_palette("colorblind")  # named colours such as "C1" would be resolved at drawing, outside the style
 
+
 @contextmanager
 def style():
-    "The look of every figure, as a context: with style(): ..."
-    rc = {**sns.axes_style("ticks"), **sns.plotting_context("paper", font_scale=0.9),
-          "axes.prop_cycle": plt.cycler(color=PALETTE), "axes.grid": True, "grid.linewidth": 0.4,
-          "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-          "axes.titlesize": "medium", "legend.frameon": False, "figure.dpi": 80, "pdf.fonttype": 42, "figure.constrained_layout.use": True}
-    with plt.rc_context(rc): yield
+    "Give every figure the same look, as a context: with style(): ..."
+    rc = {
+        **sns.axes_style("ticks"), **sns.plotting_context("paper", font_scale=0.9),
+        "axes.prop_cycle": plt.cycler(color=PALETTE), "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "0.9",
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+        "axes.titlesize": "medium", "legend.frameon": False, "figure.dpi": 80, "pdf.fonttype": 42,
+        "figure.constrained_layout.use": True,
+    }
+    with plt.rc_context(rc):
+        yield
+
 
 def new_figure(rows=1, cols=1, height=2.4, width=WIDTH, **kwargs):
-    "Figure and axes that pyplot does not hold on to: nothing leaks in a batch, and a notebook shows it once."
+    "Make a figure and axes that pyplot does not keep: nothing leaks in a batch, and a notebook shows it once."
     fig, axes = plt.subplots(rows, cols, figsize=(width, height), **kwargs)
     plt.close(fig)
     return fig, axes
@@ -48,36 +54,40 @@ def new_figure(rows=1, cols=1, height=2.4, width=WIDTH, **kwargs):
 # %% ../../nbs/lab/figures.ipynb #a54c67a5
 def save(
     fig: plt.Figure,  # what to write
-    path,             # path without suffix; folders are made
-    dpi: int = 300,   # of the PNG
-) -> list[Path]:      # [path.pdf, path.png]
+    path,  # path without suffix; folders are made
+    dpi: int = 300,  # of the PNG
+) -> list[Path]:  # [path.pdf, path.png]
     "Write a figure as PDF (vectors) and PNG, each whole or not at all. Equal figures give equal bytes."
     written = []
     for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         out = Path(f"{path}.{suffix}")  # not with_suffix: names may hold dots, as in lr=5e-7.v1
         out.parent.mkdir(parents=True, exist_ok=True)
-        with style(): fig.savefig(buffer := io.BytesIO(), format=suffix, dpi=dpi, metadata=metadata)
+        with style():
+            fig.savefig(buffer := io.BytesIO(), format=suffix, dpi=dpi, metadata=metadata)
         write_whole(out, buffer.getvalue())
         written.append(out)
     return written
 
 # %% ../../nbs/lab/figures.ipynb #cd08e64f
 def need_columns(frame: pd.DataFrame, columns, what: str):
-    "ValueError that names the missing columns, or says that the frame is empty."
+    "Raise a ValueError that names the missing columns, or says that the frame is empty."
     if missing := [c for c in columns if c not in frame]:
         raise ValueError(f"{what} lacks column{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    if not len(frame): raise ValueError(f"{what} has no rows: nothing to draw")
+    if not len(frame):
+        raise ValueError(f"{what} has no rows: nothing to draw")
 
 # %% ../../nbs/lab/figures.ipynb #4d72e820
 def training_curves(
-    history: pd.DataFrame,    # epoch (from 1), train_loss, val_srcc, val_plcc, lr_backbone, lr_head, seconds (optional)
-    best_epoch: int | None = None,   # the epoch that was kept; None: the one of the highest val_srcc
-) -> plt.Figure:              # panels: loss; SRCC and PLCC on validation; learning rates (log)
-    "How a run went. NaN leaves a gap. ValueError for missing columns, no rows or an unknown best epoch."
+    history: pd.DataFrame,  # epoch (from 1), train_loss, val_srcc, val_plcc, lr_backbone, lr_head; maybe seconds
+    best_epoch: int | None = None,  # the epoch that was kept; None: the one of the highest val_srcc
+) -> plt.Figure:  # panels: loss; SRCC and PLCC on validation; learning rates (log)
+    "Draw how a run went. NaN leaves a gap. ValueError for missing columns, no rows or an unknown best epoch."
     need_columns(history, ["epoch", "train_loss", "val_srcc", "val_plcc", "lr_backbone", "lr_head"], "history")
     h = history.sort_values("epoch")
-    if best_epoch is None and h.val_srcc.notna().any(): best_epoch = int(h.epoch[h.val_srcc.idxmax()])
-    if best_epoch is not None and best_epoch not in set(h.epoch): raise ValueError(f"best epoch {best_epoch} is not in the history")
+    if best_epoch is None and h.val_srcc.notna().any():
+        best_epoch = int(h.epoch[h.val_srcc.idxmax()])
+    if best_epoch is not None and best_epoch not in set(h.epoch):
+        raise ValueError(f"best epoch {best_epoch} is not in the history")
     with style():
         fig, axes = new_figure(cols=3, height=2.1)
         for ax, columns in zip(axes, (("train_loss",), ("val_srcc", "val_plcc"), ("lr_backbone", "lr_head"))):
@@ -87,20 +97,24 @@ def training_curves(
         part = "test" if "chosen_on" in h and (h.chosen_on == "test").any() else "validation"
         axes[1].set(ylabel=f"correlation ({part})", title=part)
         axes[2].set(ylabel="learning rate", yscale="log", title="learning rates")
-        if best_epoch is not None: _mark_best(axes[1], h, best_epoch)
-        for ax in axes[1:]: ax.legend()
+        if best_epoch is not None:
+            _mark_best(axes[1], h, best_epoch)
+        for ax in axes[1:]:
+            ax.legend()
     return fig
 
 # %% ../../nbs/lab/figures.ipynb #d83c2631
 def _lines(ax, h, columns):
-    "One line a column against the epoch; where a log axis follows, zeros are left out."
+    "Draw one line per column against the epoch; learning rates of zero are left out (their axis is logarithmic)."
     names = {"val_srcc": "SRCC", "val_plcc": "PLCC", "lr_backbone": "backbone", "lr_head": "new parts"}
     for column, marker in zip(columns, MARKERS):
         y = h[column].astype(float)
-        if column.startswith("lr"): y = y.where(y > 0)
+        if column.startswith("lr"):
+            y = y.where(y > 0)
         ax.plot(h.epoch, y, marker=marker, ms=3, lw=1.2, label=names.get(column, column))
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
 
 def _mark_best(ax, h, best_epoch):
     ax.axvline(best_epoch, color="0.5", lw=0.8, ls="--", zorder=0)
@@ -110,113 +124,163 @@ def _mark_best(ax, h, best_epoch):
 # %% ../../nbs/lab/figures.ipynb #83f45103
 def scatter(
     predictions: pd.DataFrame,  # score (0-100), pred, optionally pred_std; rows with NaN in the first two are left out
-    metrics: dict | None = None,       # as from metrics.evaluate: n, srcc, srcc_low, srcc_high, plcc, plcc_low, plcc_high of the same rows; None: only n is written
-    title: str | None = None,          # e.g. "biq2021, test"
-) -> plt.Figure:                # predicted score (x) against true score (y), both 0-100
-    "True against predicted score. ValueError where nothing is left to draw, or where `metrics` is of another number of pictures."
+    metrics: dict | None = None,  # of `metrics.evaluate` on the same rows; None: only n is written
+    title: str | None = None,  # e.g. "biq2021, test"
+) -> plt.Figure:  # predicted score (x) against true score (y), both 0-100
+    """Draw true against predicted score.
+
+    ValueError where nothing is left to draw, or where `metrics` is of another number of pictures.
+    """
     need_columns(predictions, ["score", "pred"], "predictions")
     p = predictions[np.isfinite(predictions[["score", "pred"]].astype(float)).all(axis=1)]
     need_columns(p, [], "predictions with finite score and pred")
-    if metrics and metrics.get("n", len(p)) != len(p): raise ValueError(f"metrics are of {metrics['n']} pictures, predictions hold {len(p)}")
+    if metrics and metrics.get("n", len(p)) != len(p):
+        raise ValueError(f"metrics are of {metrics['n']} pictures, predictions hold {len(p)}")
     with style():
         fig, ax = new_figure(width=3.4, height=3.2)
         _points(ax, p)
         _fit_line(ax, p)
         ax.set(xlabel="predicted score (0-100)", ylabel="true score (0-100)", title=title or "")
-        ax.text(0.03, 0.97, _caption(len(p), metrics), transform=ax.transAxes, va="top", fontsize="small",
-                bbox=dict(facecolor="white", alpha=0.8, edgecolor="none", pad=1.5))
+        ax.text(
+            0.03, 0.97, _caption(len(p), metrics), transform=ax.transAxes, va="top", fontsize="small",
+            bbox=dict(facecolor="white", alpha=0.8, edgecolor="none", pad=1.5),
+        )
         ax.legend(loc="lower right", fontsize="small")
     return fig
 
 # %% ../../nbs/lab/figures.ipynb #1577f9cc
 def _points(ax, p):
-    "Points with light bars of pred_std; many points become pixels inside the vector file."
-    big, low, high = len(p) > 1000, min(p.pred.min(), p.score.min()), max(p.pred.max(), p.score.max())
+    "Draw points with light bars of pred_std; many points become pixels inside the vector file."
+    big = len(p) > 1000
+    ends = min(p.pred.min(), p.score.min()), max(p.pred.max(), p.score.max())
     if "pred_std" in p and p.pred_std.notna().any():
-        ax.errorbar(p.pred, p.score, xerr=p.pred_std.fillna(0), fmt="none", ecolor="0.8", elinewidth=0.5, zorder=1, rasterized=big)
-    ax.plot([low, high], [low, high], color="0.6", lw=0.8, ls="--", label="equal", zorder=2)
+        ax.errorbar(
+            p.pred, p.score, xerr=p.pred_std.fillna(0), fmt="none", ecolor="0.8", elinewidth=0.5, zorder=1,
+            rasterized=big,
+        )
+    ax.plot(ends, ends, color="0.6", lw=0.8, ls="--", label="equal", zorder=2)
     ax.scatter(p.pred, p.score, s=4 if big else 9, alpha=0.35 if big else 0.6, linewidths=0, zorder=3, rasterized=big)
 
+
 def _fit_line(ax, p):
-    "The logistic fit, where there is something to fit."
-    if p.pred.nunique() < 5 or p.score.nunique() < 2: return
+    "Draw the logistic fit, where there is something to fit."
+    if p.pred.nunique() < 5 or p.score.nunique() < 2:
+        return
     x, fit = np.linspace(p.pred.min(), p.pred.max(), 200), fit_logistic(p.pred, p.score)
     ax.plot(x, fit(x), color=PALETTE[1], lw=1.4, label=f"{fit.kind} fit", zorder=4)
 
-def _caption(n: int, m: dict) -> str:
-    "Lines for the corner: n, then each measure with its 95 % interval."
-    return "\n".join([f"n = {n}", *(f"{k.upper()} {_interval(m, k)}" for k in ("srcc", "plcc") if m and k in m)])
+
+def _caption(n: int, m: dict | None) -> str:
+    "Write the lines for the corner: n, then each measure with its 95 % interval."
+    measures = [k for k in ("srcc", "plcc") if m and k in m]
+    return "\n".join([f"n = {n}", *(f"{k.upper()} {_interval(m, k)}" for k in measures)])
 
 # %% ../../nbs/lab/figures.ipynb #f5d8da9a
+def with_interval(
+    value: float,
+    low: float = np.nan,
+    high: float = np.nan,
+    digits: int = 2,
+    sign: bool = False,  # with + where positive
+) -> str:  # "0.31 [0.25, 0.37]"; no brackets where there is no interval; "" where there is no value
+    "Write a number with its interval."
+    if not np.isfinite(value):
+        return ""
+    v, a, b = (f"{x:{'+' if sign else ''}.{digits}f}" for x in (value, low, high))
+    return f"{v} [{a}, {b}]" if np.isfinite(low) and np.isfinite(high) else v
+
+
 def _interval(m: dict, key: str, digits: int = 3) -> str:
-    "'0.855 [0.840, 0.870]'; without the interval where there is none; '' where there is no value."
-    value, low, high = (m.get(k) for k in (key, f"{key}_low", f"{key}_high"))
-    if value is None or pd.isna(value): return ""
-    text = f"{value:.{digits}f}"
-    return text if low is None or high is None or pd.isna(low) or pd.isna(high) else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+    "Write one measure of a metrics dictionary with its interval; values may be None."
+    numbers = (m.get(k) for k in (key, f"{key}_low", f"{key}_high"))
+    return with_interval(*(np.nan if x is None else x for x in numbers), digits)
 
 # %% ../../nbs/lab/figures.ipynb #d6b945ad
 STAGES = ("a1", "a2", "a3", "a4")
 
+
 def _mean_interval(x: np.ndarray) -> tuple:
-    "Mean and half width of its 95 % interval (Student's t); the half width is NaN for one value."
+    "Return a mean and the half width of its 95 % interval (Student's t), which is NaN for one value."
     x = x[np.isfinite(x)]
-    if len(x) < 2: return (x.mean() if len(x) else np.nan), np.nan
+    if len(x) < 2:
+        return (x.mean() if len(x) else np.nan), np.nan
     return x.mean(), stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
 
 # %% ../../nbs/lab/figures.ipynb #79fb08d6
 def attention_table(
     predictions: pd.DataFrame,  # score (0-100), a1..a4 (weights of stages 1..4)
-) -> pd.DataFrame:              # a row a bin of true score: decile (from 1, worst), n, score, then a1..a4 and entropy (bits) with *_half
-    "Mean attention by decile of true score with half widths of 95 % intervals. ValueError where there are no attention weights."
+) -> pd.DataFrame:  # a row per bin: decile (1 is worst), n, score, a1..a4 and entropy (bits) with *_half
+    """Average attention by decile of true score, with half widths of 95 % intervals.
+
+    ValueError where there are no attention weights.
+    """
     need_columns(predictions, ["score"], "predictions")
     if missing := [c for c in STAGES if c not in predictions or predictions[c].isna().all()]:
-        raise ValueError(f"no attention weights: {', '.join(missing)} absent or all NaN (the model has no gate: train with attention, or leave this figure out)")
+        raise ValueError(
+            f"no attention weights: {', '.join(missing)} absent or all NaN "
+            "(the model has no gate: train with attention, or leave this figure out)"
+        )
     p = predictions.dropna(subset=["score", *STAGES])
     need_columns(p, [], "predictions with score and attention")
     share = p[list(STAGES)].to_numpy(float)
     share = share / share.sum(axis=1, keepdims=True)  # a sigmoid gate does not sum to one
-    p = p.assign(entropy=stats.entropy(share, base=2, axis=1), bin=(p.score.rank(method="first") - 1) * min(10, len(p)) // len(p) + 1)
+    p = p.assign(
+        entropy=stats.entropy(share, base=2, axis=1),
+        bin=(p.score.rank(method="first") - 1) * min(10, len(p)) // len(p) + 1,
+    )
     rows = []
     for decile, part in p.groupby("bin"):
         row = dict(decile=int(decile), n=len(part), score=part.score.mean())
-        for c in (*STAGES, "entropy"): row[c], row[f"{c}_half"] = _mean_interval(part[c].to_numpy(float))
+        for c in (*STAGES, "entropy"):
+            row[c], row[f"{c}_half"] = _mean_interval(part[c].to_numpy(float))
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lab/figures.ipynb #657b16d5
 def attention_by_decile(
     predictions: pd.DataFrame,  # score (0-100), a1..a4
-    title: str | None = None,          # e.g. "koniq-10k, test"
-) -> plt.Figure:                # panels: mean weight of each stage; entropy of the weights, both by decile of true score
-    "Which stage the gate trusts, from worst to best pictures. ValueError where there are no attention weights."
+    title: str | None = None,  # e.g. "koniq-10k, test"
+) -> plt.Figure:  # mean weight of each stage, and their entropy, by decile of true score
+    "Draw which stage the gate trusts, from worst to best images. ValueError where there are no attention weights."
     t = attention_table(predictions)
+    look = dict(ms=3, lw=1.2, elinewidth=0.8)
     with style():
         fig, (a, b) = new_figure(cols=2, height=2.4, width_ratios=(1.7, 1))
         for i, c in enumerate(STAGES):
-            a.errorbar(t.decile + (i - 1.5) * 0.08, t[c], t[f"{c}_half"], marker=MARKERS[i], ms=3, lw=1.2, elinewidth=0.8, label=f"stage {c[1]}")
-        b.errorbar(t.decile, t.entropy, t.entropy_half, marker="o", ms=3, lw=1.2, elinewidth=0.8, color="0.3")
+            place = t.decile + (i - 1.5) * 0.08
+            a.errorbar(place, t[c], t[f"{c}_half"], marker=MARKERS[i], label=f"stage {c[1]}", **look)
+        a.set(ylabel="mean attention weight", ylim=(-0.03, 1.03))
+        a.set_title(f"{title + ', ' if title else ''}n = {t.n.sum()}")
+        b.errorbar(t.decile, t.entropy, t.entropy_half, marker="o", color="0.3", **look)
         b.axhline(2, color="0.5", lw=0.8, ls="--")
-        b.text(0.99, 2.03, "four equal weights", transform=b.get_yaxis_transform(), ha="right", va="bottom", fontsize="small", color="0.4")
-        a.set(ylabel="mean attention weight", ylim=(-0.03, 1.03), title=f"{title + ', ' if title else ''}n = {t.n.sum()}")
+        note = dict(ha="right", va="bottom", fontsize="small", color="0.4")
+        b.text(0.99, 2.03, "four equal weights", transform=b.get_yaxis_transform(), **note)
         b.set(ylabel="weight entropy (bits)", ylim=(-0.06, 2.1), title="does the gate choose?")
-        for ax in (a, b): ax.set(xlabel=f"{_bins(len(t))} of true score (1 = worst)", xticks=t.decile, xlim=(0.6, len(t) + 0.4))
+        unit = "decile" if len(t) == 10 else "bin"
+        for ax in (a, b):
+            ax.set(xlabel=f"{unit} of true score (1 = worst)", xticks=t.decile, xlim=(0.6, len(t) + 0.4))
         fig.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
-
-def _bins(k: int) -> str: return "decile" if k == 10 else "bin"
 
 # %% ../../nbs/lab/figures.ipynb #5c8ab98c
 BASELINE = "ridge on frozen features"
 PARTS = ("val", "test", "test_clean")
 
+
 def measured_table(
-    records: list[dict],  # run_id, method, dataset, seed, note, parts {part: metrics}; baseline {parts}, comparison {part: diff, low, high, p} optional
-) -> pd.DataFrame:        # a row a (run, method, part): run_id, method, dataset, seed, part, n, srcc, srcc_low, ..., diff, diff_low, diff_high, p, note
-    "All numbers of some records, tidy. ValueError for a record without method, dataset or parts."
+    records: list[dict],  # method, dataset, parts; optional run_id, seed, note, baseline, comparison
+) -> pd.DataFrame:  # a row per run, method and part: the metrics, diff, diff_low, diff_high, p, note
+    """Collect all numbers of some records in one tidy frame.
+
+    A record holds `parts` (split to metrics), and maybe `baseline` (the same) and `comparison` (split to diff, low,
+    high, p).
+    Columns: run_id, method, dataset, seed, part, n, srcc, srcc_low, ...; diff is against the baseline.
+    ValueError for a record without method, dataset or parts.
+    """
     rows = []
     for r in records:
-        if missing := [k for k in ("method", "dataset", "parts") if k not in r]: raise ValueError(f"record {r.get('run_id', '?')} lacks {', '.join(missing)}")
+        if missing := [k for k in ("method", "dataset", "parts") if k not in r]:
+            raise ValueError(f"record {r.get('run_id', '?')} lacks {', '.join(missing)}")
         head = {k: r.get(k) for k in ("run_id", "method", "dataset", "seed")}
         for part, m in r["parts"].items():
             c = (r.get("comparison") or {}).get(part) or {}
@@ -224,78 +288,71 @@ def measured_table(
             rows.append({**head, "part": part, **m, **diff, "note": r.get("note")})
         for part, m in ((r.get("baseline") or {}).get("parts") or {}).items():
             rows.append({**head, "method": BASELINE, "part": part, **m, "note": r.get("note")})
+    if not rows:
+        return pd.DataFrame(columns=["run_id", "method", "dataset", "seed", "part", "n", "note"])
     order = {p: i for i, p in enumerate(PARTS)}
-    frame = pd.DataFrame(rows, columns=None if rows else ["run_id", "method", "dataset", "seed", "part", "n", "note"])
-    return frame.sort_values("part", key=lambda s: s.map(order).fillna(len(order)), kind="stable", ignore_index=True) if rows else frame
+    by_part = dict(key=lambda parts: parts.map(order).fillna(len(order)), kind="stable", ignore_index=True)
+    return pd.DataFrame(rows).sort_values("part", **by_part)
 
 # %% ../../nbs/lab/figures.ipynb #483ebe05
-COLUMNS = {"srcc": ("SRCC", 3), "plcc": ("PLCC", 3), "plcc_fitted": ("PLCC after fit", 3), "krcc": ("KRCC", 3), "rmse": ("RMSE", 2), "rmse_fitted": ("RMSE after fit", 2)}
+COLUMNS = {
+    "srcc": ("SRCC", 3), "plcc": ("PLCC", 3), "plcc_fitted": ("PLCC after fit", 3), "krcc": ("KRCC", 3),
+    "rmse": ("RMSE", 2), "rmse_fitted": ("RMSE after fit", 2),
+}
+
 
 def difference_text(row) -> str:
-    "'+0.012 [+0.002, +0.022], p = 0.018', or '' where nothing was compared."
-    if pd.isna(row.get("diff", np.nan)): return ""
-    low, high, p = (row.get(k, np.nan) for k in ("diff_low", "diff_high", "p"))
-    interval = "" if pd.isna(low) or pd.isna(high) else f" [{low:+.3f}, {high:+.3f}]"
-    return f"{row['diff']:+.3f}{interval}" + ("" if pd.isna(p) else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}")
+    "Write a paired difference: '+0.012 [+0.002, +0.022], p = 0.018', or '' where nothing was compared."
+    if pd.isna(row.get("diff", np.nan)):
+        return ""
+    p = row.get("p", np.nan)
+    text = with_interval(row["diff"], row.get("diff_low", np.nan), row.get("diff_high", np.nan), 3, sign=True)
+    if pd.isna(p):
+        return text
+    return text + (", p < 0.001" if p < 0.001 else f", p = {p:.3f}")
 
+# %% ../../nbs/lab/figures.ipynb #87c2f974
 def results_table(
     records: list[dict],  # see `measured_table`
-) -> pd.DataFrame:        # strings for reading: a row a (run, method, part), intervals are 95 %
-    "Results as they are printed: n, then each measure with its interval, then the paired SRCC difference to the ridge."
+) -> pd.DataFrame:  # strings: a row per run, method and part; 95 % intervals
+    "Write results as they are printed: n, each measure with its interval, the paired SRCC difference to the ridge."
     m = measured_table(records)
     rows = m.to_dict("records")
     table = m[["run_id", "method", "dataset", "seed", "part", "n"]].copy()
     for key, (name, digits) in COLUMNS.items():
-        if key in m: table[name] = [_interval(r, key, digits) for r in rows]
-    if "diff" in m and m["diff"].notna().any(): table["SRCC difference to ridge"] = [difference_text(r) for r in rows]
-    if m.note.notna().any(): table["note"] = m.note.fillna("")
+        if key in m:
+            table[name] = [_interval(r, key, digits) for r in rows]
+    if "diff" in m and m["diff"].notna().any():
+        table["SRCC difference to ridge"] = [difference_text(r) for r in rows]
+    if m.note.notna().any():
+        table["note"] = m.note.fillna("")
     return table
 
 # %% ../../nbs/lab/figures.ipynb #9e765c69
 def markdown(
     frame: pd.DataFrame,  # any table
-) -> str:                 # GitHub pipe table, values as they stand
-    "A frame as Markdown, without its index; strings are not taken for numbers."
+) -> str:  # GitHub pipe table, values as they stand
+    "Write a frame as Markdown, without its index; strings are not taken for numbers."
     return frame.astype(object).where(frame.notna(), "").to_markdown(index=False, disable_numparse=True)
-
-# %% ../../nbs/lab/figures.ipynb #cf97e78d
-def arms_forest(
-    compared: pd.DataFrame,  # of `compare_arms`: arm, diff, low, high, p_holm
-    title: str = "",
-    what: str = "SRCC on validation, minus the control's",  # the difference that is drawn
-) -> plt.Figure:
-    "Paired differences, an arm a line; filled where the corrected p-value is below .05. Without an interval only the dot is drawn."
-    need_columns(compared, ["arm", "diff", "low", "high", "p_holm"], "comparison")
-    c = compared.dropna(subset=["diff"]).sort_values("diff")
-    need_columns(c, [], "comparison without its control")
-    with style():
-        fig, ax = new_figure(height=0.9 + 0.28 * len(c), width=WIDTH * (0.75 if c.arm.str.len().max() < 30 else 1.0))
-        ax.axvline(0, color="0.4", lw=0.8)
-        for y, r in enumerate(c.itertuples()):
-            ax.plot([r.low, r.high], [y, y], color=PALETTE[0], lw=1.5)
-            ax.plot(r.diff, y, "o", color=PALETTE[0], mfc=PALETTE[0] if r.p_holm < 0.05 else "white")
-        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel=f"{what}\n(95 % interval)", title=title)
-        ax.set_ylim(-0.6, len(c) - 0.4)
-        ax.grid(axis="y", visible=False)
-    return fig
 
 # %% ../../nbs/lab/figures.ipynb #a46de26c
 def ladder(
     damaged: pd.DataFrame,  # photo, kind, level (0: undamaged), score (0-100)
 ) -> plt.Figure:
-    "Scores of photographs that are damaged more and more."
+    "Draw the scores of photographs that are damaged more and more."
     need_columns(damaged, ["photo", "kind", "level", "score"], "ladders")
     kinds = list(dict.fromkeys(damaged.kind))
     columns = min(4, len(kinds))
+    rows = -(-len(kinds) // columns)
     with style():
-        fig, axes = new_figure(-(-len(kinds) // columns), columns, height=1.6 * -(-len(kinds) // columns), sharex=True, sharey=True, squeeze=False)
+        fig, axes = new_figure(rows, columns, height=1.6 * rows, sharex=True, sharey=True, squeeze=False)
         for ax, kind in zip(axes.flat, kinds):
             part = damaged[damaged.kind == kind]
             for _, one in part.groupby("photo"):
                 ax.plot(one.level, one.score, color="0.75", lw=0.8)
             ax.plot(part.groupby("level").score.mean(), "k.-", lw=1.4)
             ax.set_title(f"{kind}, n = {part.photo.nunique()}")
-        for ax in list(axes.flat)[len(kinds):]:
+        for ax in list(axes.flat)[len(kinds) :]:
             ax.set_visible(False)
         fig.supxlabel("level of damage (0: none)", fontsize="medium")
         fig.supylabel("score (0-100)", fontsize="medium")
@@ -304,37 +361,51 @@ def ladder(
 # %% ../../nbs/lab/figures.ipynb #73823235
 _PUBLISHED = ["table", "method", "dataset", "srcc", "plcc", "trained_on", "protocol", "source"]
 
+
 def published_table(
-    path=None,           # CSV with these columns; None: the one in the package
-    dataset: str | None = None, # e.g. "koniq-10k": that set alone
-    tables=None,         # names from the `table` column, e.g. ("peer",): these alone
-) -> pd.DataFrame:       # table, method, dataset, srcc, plcc, trained_on, protocol, source
-    "Published results with their sources. ValueError for missing columns, a row without a source, or a value outside -1..1."
+    path=None,  # CSV with these columns; None: the one in the package
+    dataset: str | None = None,  # e.g. "koniq-10k": that set alone
+    tables=None,  # names from the `table` column, e.g. ("peer",): these alone
+) -> pd.DataFrame:  # table, method, dataset, srcc, plcc, trained_on, protocol, source
+    """Read published results with their sources.
+
+    ValueError for missing columns, a row without a source, or a value outside -1..1.
+    """
     source = files("smart_iqa") / "data_files" / "published.csv" if path is None else Path(path)
-    with source.open("r", encoding="utf-8") as f: p = pd.read_csv(f)
+    with source.open("r", encoding="utf-8") as f:
+        p = pd.read_csv(f)
     need_columns(p, _PUBLISHED, "published results")
-    if p.source.isna().any(): raise ValueError(f"published results without a source: {', '.join(p.method[p.source.isna()])}")
+    if p.source.isna().any():
+        raise ValueError(f"published results without a source: {', '.join(p.method[p.source.isna()])}")
     wrong = (p[["srcc", "plcc"]].abs() > 1).any(axis=1)
-    if wrong.any(): raise ValueError(f"correlations outside -1..1: {', '.join(p.method[wrong])}")
-    if dataset is not None: p = p[p.dataset == dataset]
-    if tables is not None: p = p[p.table.isin(tables)]
+    if wrong.any():
+        raise ValueError(f"correlations outside -1..1: {', '.join(p.method[wrong])}")
+    if dataset is not None:
+        p = p[p.dataset == dataset]
+    if tables is not None:
+        p = p[p.table.isin(tables)]
     return p.reset_index(drop=True)
 
 # %% ../../nbs/lab/figures.ipynb #946e40ee
 def against_published(
-    measured: pd.DataFrame,          # as from `measured_table`: method, dataset, part, n, srcc, srcc_low, srcc_high, ...
-    dataset: str = "koniq-10k",      # the set to show
-    metric: str = "srcc",            # or "plcc"
-    part: str = "test",              # of the measured results
+    measured: pd.DataFrame,  # of `measured_table`
+    dataset: str = "koniq-10k",  # the set to show
+    metric: str = "srcc",  # or "plcc"
+    part: str = "test",  # of the measured results
     published: pd.DataFrame | None = None,  # None: published_table with tables "smart-paper" and "peer"
-) -> plt.Figure:                     # upper panel: published (hollow); lower panel: measured, with 95 % intervals
-    "Dot plot of published and measured results, each in its own panel on one scale. ValueError where neither has a row."
-    if published is None: published = published_table(tables=("smart-paper", "peer"))
+) -> plt.Figure:  # upper panel: published (hollow); lower panel: measured, with 95 % intervals
+    """Draw published and measured results as dots, each in its own panel on one scale.
+
+    ValueError where neither has a row.
+    """
+    if published is None:
+        published = published_table(tables=("smart-paper", "peer"))
     need_columns(published, _PUBLISHED, "published results")
     p = published[(published.dataset == dataset) & published[metric].notna()].sort_values(metric)
     m = measured[(measured.dataset == dataset) & (measured.part == part)] if len(measured) else measured
     m = m[m[metric].notna()].sort_values(metric) if len(m) else m
-    if not len(p) and not len(m): raise ValueError(f"nothing published or measured on {dataset} ({part})")
+    if not len(p) and not len(m):
+        raise ValueError(f"nothing published or measured on {dataset} ({part})")
     with style():
         rows = max(len(p), 1), max(len(m), 1)
         fig, (a, b) = new_figure(2, height=1.3 + 0.155 * sum(rows), height_ratios=[r + 0.6 for r in rows], sharex=True)
@@ -346,17 +417,24 @@ def against_published(
 
 # %% ../../nbs/lab/figures.ipynb #057db73a
 def _measured_label(r: dict) -> str:
-    seed = "" if r.get("seed") is None or pd.isna(r["seed"]) else f", seed {r['seed']:g}" if isinstance(r["seed"], (int, float)) else f", seed {r['seed']}"
-    return f"{r['method']}  (n = {r['n']:g}{seed})"
+    seed = r.get("seed")
+    if seed is None or pd.isna(seed):
+        return f"{r['method']}  (n = {r['n']:g})"
+    text = f"{seed:g}" if isinstance(seed, (int, float)) else seed
+    return f"{r['method']}  (n = {r['n']:g}, seed {text})"
+
 
 def _dots(ax, frame, metric, labels, hollow):
-    "One row a result: a hollow dot where published, a full one with its interval where measured."
+    "Draw one row per result: a hollow dot where published, a full one with its interval where measured."
     y = np.arange(len(frame))
-    if not len(frame): ax.text(0.5, 0.5, "nothing", transform=ax.transAxes, ha="center", va="center", color="0.5")
-    elif hollow: ax.plot(frame[metric], y, "o", mfc="white", mec="0.35", ms=4.5)
+    if not len(frame):
+        ax.text(0.5, 0.5, "nothing", transform=ax.transAxes, ha="center", va="center", color="0.5")
+    elif hollow:
+        ax.plot(frame[metric], y, "o", mfc="white", mec="0.35", ms=4.5)
     else:
         ends = [frame.get(f"{metric}_{e}", pd.Series(np.nan, frame.index)).astype(float) for e in ("low", "high")]
-        ax.hlines(y, *ends, color=PALETTE[0], lw=1.2)  # from low to high, not an error about the value: a bootstrap interval need not hold it
+        # from low to high, not an error about the value: a bootstrap interval need not hold it
+        ax.hlines(y, *ends, color=PALETTE[0], lw=1.2)
         ax.plot(frame[metric], y, "o", color=PALETTE[0], ms=4.5)
     ax.set(yticks=y, yticklabels=labels, ylim=(-0.7, max(len(frame), 1) - 0.3))
 
@@ -383,8 +461,8 @@ def _ceiling_band(ax, ceiling: dict):
     "Shade what label noise leaves open to a perfect predictor, across a vertical SRCC axis."
     ax.axhspan(ceiling["srcc_low"], ceiling["srcc_high"], color="0.88", zorder=0)
     ax.text(
-        0.99, ceiling["srcc_low"], "ceiling of label noise", transform=ax.get_yaxis_transform(),
-        ha="right", va="top", fontsize="small", color="0.4",
+        0.99, ceiling["srcc_low"], "ceiling of label noise", transform=ax.get_yaxis_transform(), ha="right", va="top",
+        fontsize="small", color="0.4",
     )
 
 # %% ../../nbs/lab/figures.ipynb #590f0381
@@ -392,8 +470,8 @@ def _arm_row(left, right, y: int, r):
     "Draw one arm of `arms_figure` at height y: seeds, mean and interval; the paired difference."
     if not r.seeds:
         left.text(
-            0.02, y, r.missing.split(":")[0], transform=left.get_yaxis_transform(),
-            va="center", fontsize="small", color="0.45", style="italic",
+            0.02, y, r.missing.split(":")[0], transform=left.get_yaxis_transform(), va="center", fontsize="small",
+            color="0.45", style="italic",
         )
         return
     left.plot(_seeds_of(r), [y - 0.22] * r.seeds, ".", color="0.55", ms=3.5, zorder=1)
@@ -419,11 +497,11 @@ ARM_COLUMNS = ["arm", "seeds", "srcc", "srcc_low", "srcc_high", "diff", "low", "
 
 
 def arms_figure(
-    table: pd.DataFrame,   # of `sweep_table`
+    table: pd.DataFrame,  # of `sweep_table`
     title: str = "",
     published: pd.DataFrame | None = None,  # rows of `published_table`, in a panel below
-    ceiling: dict | None = None,            # of `metrics.noise_ceiling`: srcc, and its range
-) -> plt.Figure:           # left: SRCC with intervals, small dots are seeds; right: paired difference to the control
+    ceiling: dict | None = None,  # of `metrics.noise_ceiling`: srcc, and its range
+) -> plt.Figure:  # left: SRCC with intervals, small dots are seeds; right: paired difference to the control
     "Draw arms without an order. ValueError for a table without rows."
     need_columns(table, ARM_COLUMNS, "sweep")
     t = table.iloc[::-1].reset_index(drop=True)
@@ -450,17 +528,42 @@ def arms_figure(
             _published_panel(below, published, "srcc")
     return fig
 
+# %% ../../nbs/lab/figures.ipynb #cf97e78d
+def arms_forest(
+    compared: pd.DataFrame,  # of `compare_arms`: arm, diff, low, high, p_holm
+    title: str = "",
+    what: str = "SRCC on validation, minus the control's",  # the difference that is drawn
+) -> plt.Figure:
+    """Draw paired differences, a line per arm; filled where the corrected p-value is below .05.
+
+    Without an interval only the dot is drawn.
+    """
+    need_columns(compared, ["arm", "diff", "low", "high", "p_holm"], "comparison")
+    c = compared.dropna(subset=["diff"]).sort_values("diff")
+    need_columns(c, [], "comparison without its control")
+    with style():
+        narrow = c.arm.str.len().max() < 30
+        fig, ax = new_figure(height=0.9 + 0.28 * len(c), width=WIDTH * (0.75 if narrow else 1.0))
+        ax.axvline(0, color="0.4", lw=0.8)
+        for y, r in enumerate(c.itertuples()):
+            ax.plot([r.low, r.high], [y, y], color=PALETTE[0], lw=1.5)
+            ax.plot(r.diff, y, "o", color=PALETTE[0], mfc=PALETTE[0] if r.p_holm < 0.05 else "white")
+        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel=f"{what}\n(95 % interval)", title=title)
+        ax.set_ylim(-0.6, len(c) - 0.4)
+        ax.grid(axis="y", visible=False)
+    return fig
+
 # %% ../../nbs/lab/figures.ipynb #5e88703e
 def line_figure(
-    table: pd.DataFrame,   # of `sweep_table`
-    x: dict[str, float],   # arm to its place on the axis
+    table: pd.DataFrame,  # of `sweep_table`
+    x: dict[str, float],  # arm to its place on the axis
     xlabel: str,
     title: str = "",
     log: bool = False,
     published: pd.DataFrame | None = None,  # rows of `published_table`, in a panel below
-    groups: dict[str, str] | None = None,   # arm to the line it belongs to; None: one line
-    ceiling: dict | None = None,            # of `metrics.noise_ceiling`
-) -> plt.Figure:           # SRCC with 95 % intervals against x; small dots are seeds
+    groups: dict[str, str] | None = None,  # arm to the line it belongs to; None: one line
+    ceiling: dict | None = None,  # of `metrics.noise_ceiling`
+) -> plt.Figure:  # SRCC with 95 % intervals against x; small dots are seeds
     "Draw arms along an axis. ValueError where no arm on the axis was run."
     t = table[table.arm.isin(x) & (table.seeds > 0)]
     t = t.assign(x=t.arm.map(x), line=t.arm.map(groups or {}).fillna("")).sort_values("x")
@@ -469,7 +572,7 @@ def line_figure(
     heights = [2.3, *([0.45 + 0.22 * n_published] if n_published else [])]
     with style():
         fig, axes = new_figure(
-            len(heights), height=0.5 + sum(heights), width=WIDTH * 0.72, height_ratios=heights, squeeze=False,
+            len(heights), height=0.5 + sum(heights), width=WIDTH * 0.72, height_ratios=heights, squeeze=False
         )
         ax = axes[0, 0]
         for k, (line, d) in enumerate(t.groupby("line")):  # lines stand a little apart
@@ -490,10 +593,10 @@ def line_figure(
 
 # %% ../../nbs/lab/figures.ipynb #060ff0f8
 def cost_figure(
-    table: pd.DataFrame,   # of `sweep_table`
+    table: pd.DataFrame,  # of `sweep_table`
     title: str = "",
     ceiling: dict | None = None,  # of `metrics.noise_ceiling`
-) -> plt.Figure:           # SRCC with 95 % intervals against parameters
+) -> plt.Figure:  # SRCC with 95 % intervals against parameters
     "Draw arms by what they cost; those that were not run are named below."
     t = table[table.seeds > 0]
     need_columns(t, ["parameters", "srcc", "srcc_low", "srcc_high", "each"], "arms that were run")
@@ -521,7 +624,7 @@ def history_figure(
     runs: dict[str, dict],  # label to a run, as `read_run` gives it
     groups: dict[str, str] | None = None,  # label to the group whose colour it has; None: a colour each
     title: str = "",
-) -> plt.Figure:            # training loss, and SRCC on the split that chose, by epoch
+) -> plt.Figure:  # training loss, and SRCC on the split that chose, by epoch
     "Draw how several runs went; a dot marks the epoch that was kept."
     names = {label: (groups or {}).get(label, label) for label in runs}
     colours = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(dict.fromkeys(names.values()))}
@@ -546,10 +649,10 @@ def history_figure(
 
 # %% ../../nbs/lab/figures.ipynb #f1365a1c
 def cross_wide(
-    cells: pd.DataFrame,   # of `records.cross_cells`: model, set, n and the metric; `own` (bool) where a model meets the set that it was trained on
+    cells: pd.DataFrame,  # of `cross_cells`; maybe with `own` (bool): the set that the model was trained on
     metric: str = "srcc",  # any key of COLUMNS
-) -> pd.DataFrame:         # strings: model, then a column a set with its n
-    "One measure as a table for reading: '0.855 [0.840, 0.870]'; own sets are marked with (own)."
+) -> pd.DataFrame:  # strings: model, then a column per set with its n
+    "Write one measure as a table: '0.855 [0.840, 0.870]'; own sets are marked with (own)."
     need_columns(cells, ["model", "set", "n", metric], "cells")
     name, digits = COLUMNS[metric]
     columns = {s: f"{s} (n = {int(part.n.iloc[0]):,})" for s, part in cells.groupby("set", sort=False)}
@@ -558,88 +661,119 @@ def cross_wide(
         wide.loc[r["model"], columns[r["set"]]] = _interval(r, metric, digits) + " (own)" * bool(r.get("own"))
     return wide.rename_axis(name).reset_index()
 
+# %% ../../nbs/lab/figures.ipynb #597439d2
+_TEX = {c: rf"\{c}" for c in "&%$#_{}"}
+_TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
 
-_TEX = {c: rf"\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
 
 def booktabs(
-    frame: pd.DataFrame,         # any table; values as they stand
+    frame: pd.DataFrame,  # any table; values as they stand
     caption: str | None = None,
-    label: str | None = None,    # for \\ref
+    label: str | None = None,  # for \\ref
 ) -> str:
-    "A frame as a LaTeX table for the booktabs package, without its index; special characters are escaped."
-    def tex(value) -> str: return "" if pd.isna(value) else "".join(_TEX.get(c, c) for c in str(value))
+    "Write a frame as a LaTeX table for the booktabs package, without its index; special characters are escaped."
 
-    rows = [" & ".join(map(tex, row)) + r" \\" for row in [frame.columns, *frame.itertuples(index=False, name=None)]]
-    head = [r"\begin{table}", r"\centering", *([rf"\caption{{{tex(caption)}}}"] if caption else []), *([rf"\label{{{label}}}"] if label else [])]
-    lines = [*head, rf"\begin{{tabular}}{{l{'r' * (frame.shape[1] - 1)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    def tex(value) -> str:
+        return "" if pd.isna(value) else "".join(_TEX.get(c, c) for c in str(value))
+
+    names, *rows = (
+        " & ".join(map(tex, row)) + r" \\" for row in (frame.columns, *frame.itertuples(index=False, name=None))
+    )
+    lines = [r"\begin{table}", r"\centering"]
+    if caption:
+        lines.append(rf"\caption{{{tex(caption)}}}")
+    if label:
+        lines.append(rf"\label{{{label}}}")
+    lines += [rf"\begin{{tabular}}{{l{'r' * (frame.shape[1] - 1)}}}", r"\toprule", names, r"\midrule", *rows]
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
+# %% ../../nbs/lab/figures.ipynb #69763ebe
 def save_table(
     frame: pd.DataFrame,  # any table, as it is to be read
-    path,                 # without suffix; folders are made
-    caption: str,         # says what the numbers are: n, intervals, source; and the set's note where there is one
+    path,  # without suffix; folders are made
+    caption: str,  # says what the numbers are: n, intervals, source; and the set's note where there is one
     numbers: pd.DataFrame | None = None,  # the same unrounded, for the CSV; None: `frame`
-) -> list[Path]:          # [path.md, path.tex, path.csv]
+) -> list[Path]:  # [path.md, path.tex, path.csv]
     "Write a table for a page, for a paper and for a program, each whole or not at all."
     stem = Path(path).name
-    texts = dict(md=f"{caption}\n\n{markdown(frame)}\n", tex=booktabs(frame, caption, f"tab:{stem}"), csv=(frame if numbers is None else numbers).to_csv(index=False))
+    texts = dict(
+        md=f"{caption}\n\n{markdown(frame)}\n", tex=booktabs(frame, caption, f"tab:{stem}"),
+        csv=(frame if numbers is None else numbers).to_csv(index=False),
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in texts.items(): write_whole(f"{path}.{suffix}", text)
+    for suffix, text in texts.items():
+        write_whole(f"{path}.{suffix}", text)
     return [Path(f"{path}.{suffix}") for suffix in texts]
 
 # %% ../../nbs/lab/figures.ipynb #2c81c2e3
 def cross_heatmap(
-    cells: pd.DataFrame,    # as for `cross_wide`; n_runs and <metric>_std where there are several runs
+    cells: pd.DataFrame,  # as for `cross_wide`; n_runs and <metric>_std where there are several runs
     metric: str = "srcc",
     published: pd.DataFrame | None = None,  # rows of `published_table`, drawn hatched in a panel below
     title: str = "measured here, 95 % intervals",
 ) -> plt.Figure:
-    "Models (rows) on sets (columns): value, interval, spread over runs; a frame around a model's own set."
+    "Draw models (rows) on sets (columns): value, interval, spread over runs; a frame around a model's own set."
     need_columns(cells, ["model", "set", "n", metric], "cells")
     models, names = list(dict.fromkeys(cells.model)), list(dict.fromkeys(cells.set))
-    told = published[published[metric].notna()] if published is not None else pd.DataFrame(columns=_PUBLISHED)
-    rows = [len(models), told.method.nunique()]
+    others = pd.DataFrame(columns=_PUBLISHED) if published is None else published[published[metric].notna()]
+    rows = [n for n in (len(models), others.method.nunique()) if n]
+    labels = [f"{s}\nn = {int(cells.n[cells.set == s].iloc[0]):,}" for s in names]
+    framed = "; framed: the set it was trained on" if "own" in cells and cells.own.any() else ""
     with style():
-        fig, axes = new_figure(1 + bool(len(told)), height=0.9 + 0.62 * sum(rows) + 0.9 * bool(len(told)), squeeze=False,
-                            height_ratios=[r + 0.6 for r in rows if r])
-        _grid(axes[0, 0], cells.to_dict("records"), models, [f"{s}\nn = {int(cells.n[cells.set == s].iloc[0]):,}" for s in names], names, metric)
-        axes[0, 0].set_title(f"{COLUMNS[metric][0]} {title}" + ("; framed: the set it was trained on" if cells.get("own", pd.Series(dtype=bool)).any() else ""))
-        if len(told):
-            _published_grid(axes[1, 0], told, metric)
+        fig, axes = new_figure(
+            len(rows), height=0.9 * len(rows) + 0.62 * sum(rows), height_ratios=[n + 0.6 for n in rows], squeeze=False,
+        )
+        _grid(axes[0, 0], cells.to_dict("records"), models, labels, names, metric)
+        axes[0, 0].set_title(f"{COLUMNS[metric][0]} {title}{framed}")
+        if len(others):
+            _published_grid(axes[1, 0], others, metric)
     return fig
 
 # %% ../../nbs/lab/figures.ipynb #ceec0871
 def _write(ax, x: float, y: float, text: str, **kw):
     ax.text(x, y, text, ha="center", va="center", fontsize="small", linespacing=1.25, **kw)
 
+
 def _axes_of_grid(ax, rows: list[str], columns: list[str]):
-    ax.set(xticks=range(len(columns)), yticks=range(len(rows)), xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    ax.set(
+        xticks=range(len(columns)), yticks=range(len(rows)), xlim=(-0.5, len(columns) - 0.5),
+        ylim=(len(rows) - 0.5, -0.5),
+    )
     ax.set_xticklabels(columns)
     ax.set_yticklabels(rows)
     ax.grid(visible=False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
+# %% ../../nbs/lab/figures.ipynb #0ad51e80
 def _grid(ax, cells: list[dict], models: list[str], labels: list[str], names: list[str], metric: str):
-    "Coloured cells with value, interval and spread over runs."
+    "Draw coloured cells with value, interval and spread over runs."
     values = np.full((len(models), len(names)), np.nan)
-    for r in cells: values[models.index(r["model"]), names.index(r["set"])] = r[metric]
+    for r in cells:
+        values[models.index(r["model"]), names.index(r["set"])] = r[metric]
     shown = ax.imshow(values, cmap="cividis", aspect="auto")
     _axes_of_grid(ax, models, labels)
     for r in cells:
         y, x = models.index(r["model"]), names.index(r["set"])
-        if pd.isna(r[metric]): continue
-        spread = f"\nsd {r[f'{metric}_std']:.3f} of {r['n_runs']}" if pd.notna(r.get(f"{metric}_std")) else ""
+        if pd.isna(r[metric]):
+            continue
+        text = _interval(r, metric, COLUMNS[metric][1]).replace(" ", "\n", 1)
+        if pd.notna(r.get(f"{metric}_std")):
+            text += f"\nsd {r[f'{metric}_std']:.3f} of {r['n_runs']}"
         red, green, blue, _ = shown.cmap(shown.norm(r[metric]))
-        _write(ax, x, y, _interval(r, metric, COLUMNS[metric][1]).replace(" ", "\n", 1) + spread, color="k" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "w")
-        if r.get("own"): ax.add_patch(plt.Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec=PALETTE[3], lw=2.2))
+        _write(ax, x, y, text, color="k" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "w")
+        if r.get("own"):
+            ax.add_patch(plt.Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec=PALETTE[3], lw=2.2))
 
-def _published_grid(ax, told: pd.DataFrame, metric: str):
-    "Hatched cells without colour: numbers that others published."
-    methods, names = list(dict.fromkeys(told.method)), list(dict.fromkeys(told.dataset))
-    _axes_of_grid(ax, [f"{m}, trained on {'/'.join(dict.fromkeys(told.trained_on[told.method == m]))}" for m in methods], names)
-    for r in told.to_dict("records"):
+# %% ../../nbs/lab/figures.ipynb #b113f05e
+def _published_grid(ax, others: pd.DataFrame, metric: str):
+    "Draw what others published as hatched cells without colour."
+    methods, names = list(dict.fromkeys(others.method)), list(dict.fromkeys(others.dataset))
+    trained_on = {m: "/".join(dict.fromkeys(others.trained_on[others.method == m])) for m in methods}
+    _axes_of_grid(ax, [f"{m}, trained on {sets}" for m, sets in trained_on.items()], names)
+    for r in others.to_dict("records"):
         y, x = methods.index(r["method"]), names.index(r["dataset"])
         ax.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fc="white", ec="0.75", hatch="////", lw=0.6))
         _write(ax, x, y, f"{r[metric]:.4f}", bbox=dict(facecolor="white", edgecolor="none", pad=1.5))
-    ax.set_title(f"published, {'; '.join(dict.fromkeys(told.source))}: not measured here, protocols differ")
+    ax.set_title(f"published, {'; '.join(dict.fromkeys(others.source))}: not measured here, protocols differ")
