@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART_NAMES', 'MIN_SCENES', 'Cells', 'VERDICTS', 'part_of', 'resampling_of', 'summarise', 'compare_arms',
-           'seen_before', 'cross_cells', 'compare_cells', 'corrected', 'verdict', 'all_of', 'claim']
+           'seen_before', 'cross_cells', 'corrected', 'compare_cells', 'verdict', 'all_of', 'claim']
 
 # %% ../../nbs/lab/compare.ipynb #33abf775
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from ..config import check_names
 from ..metrics import add_seeds, compare, evaluate, evaluate_runs, holm, srcc
 from ..splits import ImageSet
 
-# %% ../../nbs/lab/compare.ipynb #ddf7aff5
+# %% ../../nbs/lab/compare.ipynb #0cccef8f
 PART_NAMES = {"val": "validation", "test": "test", "test_clean": "test without near-duplicates of training pictures"}
 
 
@@ -45,7 +45,7 @@ def _bootstrap(labels: pd.DataFrame) -> tuple[bool, pd.Series | None]:
     unit = resampling_of(labels)
     return unit != "nothing", labels.ref if unit == "scenes" else None
 
-# %% ../../nbs/lab/compare.ipynb #5f3545ed
+# %% ../../nbs/lab/compare.ipynb #d2ec6b74
 def summarise(
     predictions: pd.DataFrame,  # split, score, ref, pred; baseline and near_duplicate where there are
     n_boot: int = 1000,
@@ -97,16 +97,17 @@ def _gain(a: pd.DataFrame, b: pd.DataFrame, labels: pd.DataFrame, n_boot: int) -
     low, high, p = add_seeds(c["diff"], c["low"], c["high"], c["p"], each)
     return dict(diff=c["diff"], low=low, high=high, p=p)
 
-# %% ../../nbs/lab/compare.ipynb #6fd5ab03
+# %% ../../nbs/lab/compare.ipynb #105a7bd0
 def compare_arms(
     control: dict[int, dict],          # seed to finished run, as `read_run` gives it
     arms: dict[str, dict[int, dict]],  # the same for every arm
     part: str = "val",                 # as `part_of` has them
     n_boot: int = 2000,
-) -> pd.DataFrame:  # a row per arm: arm, seeds, n, srcc, srcc_std; diff, low, high, p, p_holm, better: against the control
+) -> pd.DataFrame:  # a row per arm: arm, seeds, n, srcc, srcc_std, diff, low, high, p, p_holm, better
     """Compare arms with a control: mean SRCC over seeds, and the paired difference.
 
-    The control is the first row. Differences have intervals over images and seeds, and none where scenes are too few.
+    The control is the first row; diff is against it. Differences have intervals over images and seeds, and none where
+    scenes are too few.
     ValueError when an arm was scored on other images.
     """
     labels = part_of(next(iter(control.values()))["predictions"], part).set_index("image")
@@ -143,7 +144,7 @@ def seen_before(
             met |= tested & set(pairs[f"image_{one}"][pairs[f"image_{other}"].isin(made)])
     return met
 
-# %% ../../nbs/lab/compare.ipynb #d85d60e3
+# %% ../../nbs/lab/compare.ipynb #fa41047d
 def _test_rows(run: dict) -> pd.DataFrame:
     "The test predictions of a run, by image name."
     return run["predictions"].query("split == 'test'").set_index("image").sort_index()
@@ -155,7 +156,10 @@ def _tested(
     first: pd.DataFrame | None,  # test rows that all models must have; None: those of the first run
     where: str,                  # model and set, for errors
 ) -> tuple[pd.DataFrame, np.ndarray]:  # labels by image name; predictions (runs, n)
-    "Return the test images that count. ValueError where runs differ in images or scores, or a record from its predictions."
+    """Return the test images that count.
+
+    ValueError where runs differ in images or scores, or a record from its predictions.
+    """
     tables = [_test_rows(r) for r in runs]
     first = tables[0] if first is None else first
     labels = first[~first.index.isin(leave_out)]
@@ -176,7 +180,7 @@ def _tested(
         raise ValueError(f"{where}: {len(labels)} test pictures are left, and a correlation needs 2")
     return labels, np.stack([t.pred[labels.index] for t in tables])
 
-# %% ../../nbs/lab/compare.ipynb #62d5c0d8
+# %% ../../nbs/lab/compare.ipynb #2e9b48eb
 Cells = dict[tuple[str, str], list[dict]]  # (model, set) to its finished evaluate runs, one per seed
 
 
@@ -185,7 +189,7 @@ def cross_cells(
     left_out: dict[str, set[str]] | None = None,  # set to images that count for no model
     n_boot: int = 1000,
 ) -> pd.DataFrame:  # a row per cell: model, set, n, left_out, resampled, n_runs, and the metrics of `evaluate_runs`
-    "Measure every model on every set, with 95 % intervals. ValueError when models were scored on other images of a set."
+    "Measure every model on every set, with 95 % intervals. ValueError when models were scored on different images."
     rows, first = [], {}
     for (model, name), runs in cells.items():
         leave = (left_out or {}).get(name, set())
@@ -196,6 +200,16 @@ def cross_cells(
         cell = dict(model=model, set=name, left_out=len(first[name]) - len(labels), scenes=labels.ref.nunique())
         rows.append(cell | dict(resampled=resampling_of(labels)) | numbers)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/lab/compare.ipynb #e8885eb0
+def corrected(
+    frame: pd.DataFrame,  # with p, and seed where single seeds stand in it
+) -> pd.DataFrame:
+    "Add p_holm: p corrected over all rows that have one (single seeds, which are not 'mean', are left out)."
+    family = frame.p.notna() & (frame.seed == "mean" if "seed" in frame else True)
+    p_holm = pd.Series(np.nan, frame.index)
+    p_holm[family] = holm(frame.p[family])
+    return frame.assign(p_holm=p_holm)
 
 # %% ../../nbs/lab/compare.ipynb #0ad96773
 def _duel(cells: Cells, name: str, a: str, b: str | tuple, leave: set[str], metric: str, n_boot: int) -> dict:
@@ -210,7 +224,7 @@ def _duel(cells: Cells, name: str, a: str, b: str | tuple, leave: set[str], metr
     row = dict(set=name, a=a, b=" and ".join(others), n=len(labels), value_a=c["a"], value_b=c["b"])
     return row | {k: c[k] for k in ("diff", "low", "high", "p")}
 
-
+# %% ../../nbs/lab/compare.ipynb #2f97ddc8
 def compare_cells(
     cells: Cells,
     pairs: Sequence[tuple],  # (set, model a, model b); b may be a tuple of models, the metric is then their mean
@@ -230,23 +244,13 @@ def compare_cells(
     frame["better"] = [leader if p < 0.05 else None for leader, p in zip(leaders, frame.p_holm)]
     return frame
 
-
-def corrected(
-    frame: pd.DataFrame,  # with p, and seed where single seeds stand in it
-) -> pd.DataFrame:
-    "Add p_holm: p corrected over all rows that have one (single seeds, which are not 'mean', are left out)."
-    family = frame.p.notna() & (frame.seed == "mean" if "seed" in frame else True)
-    p_holm = pd.Series(np.nan, frame.index)
-    p_holm[family] = holm(frame.p[family])
-    return frame.assign(p_holm=p_holm)
-
-# %% ../../nbs/lab/compare.ipynb #77756812
+# %% ../../nbs/lab/compare.ipynb #6d3ee775
 VERDICTS = ("holds", "does not hold", "not decided", "cannot be tested here")
 
 
 def verdict(
     low: float, high: float,  # 95 % interval of what was measured
-    least: float = 0.0,       # above it the claim holds
+    least: float = 0.0,       # from here on the claim holds; 0: it holds where the measure is positive
     either: bool = False,     # in either direction: the size counts, not the sign
     p: float = 0.0,           # corrected for the number of questions
 ) -> str:                     # one of VERDICTS
@@ -255,7 +259,7 @@ def verdict(
         return "cannot be tested here"
     if not p < 0.05:
         return "not decided"
-    if low > least or (either and high < -least):
+    if (low > 0 and low >= least) or (either and high < 0 and high <= -least):
         return "holds"
     return "does not hold" if high < least and (not either or low > -least) else "not decided"
 

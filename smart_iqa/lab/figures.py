@@ -311,7 +311,7 @@ def difference_text(row) -> str:
         return text
     return text + (", p < 0.001" if p < 0.001 else f", p = {p:.3f}")
 
-# %% ../../nbs/lab/figures.ipynb #87c2f974
+# %% ../../nbs/lab/figures.ipynb #487e2788
 def results_table(
     records: list[dict],  # see `measured_table`
 ) -> pd.DataFrame:  # strings: a row per run, method and part; 95 % intervals
@@ -566,7 +566,7 @@ def line_figure(
 ) -> plt.Figure:  # SRCC with 95 % intervals against x; small dots are seeds
     "Draw arms along an axis. ValueError where no arm on the axis was run."
     t = table[table.arm.isin(x) & (table.seeds > 0)]
-    t = t.assign(x=t.arm.map(x), line=t.arm.map(groups or {}).fillna("")).sort_values("x")
+    t = t.assign(x=t.arm.map(x), line=[(groups or {}).get(arm, "") for arm in t.arm]).sort_values("x")
     need_columns(t, ["srcc", "srcc_low", "srcc_high", "each"], "arms on the axis that were run")
     n_published = 0 if published is None else int(published.srcc.notna().sum())
     heights = [2.3, *([0.45 + 0.22 * n_published] if n_published else [])]
@@ -661,7 +661,7 @@ def cross_wide(
         wide.loc[r["model"], columns[r["set"]]] = _interval(r, metric, digits) + " (own)" * bool(r.get("own"))
     return wide.rename_axis(name).reset_index()
 
-# %% ../../nbs/lab/figures.ipynb #597439d2
+# %% ../../nbs/lab/figures.ipynb #545b1641
 _TEX = {c: rf"\{c}" for c in "&%$#_{}"}
 _TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
 
@@ -688,7 +688,7 @@ def booktabs(
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/lab/figures.ipynb #69763ebe
+# %% ../../nbs/lab/figures.ipynb #0c796c80
 def save_table(
     frame: pd.DataFrame,  # any table, as it is to be read
     path,  # without suffix; folders are made
@@ -746,7 +746,7 @@ def _axes_of_grid(ax, rows: list[str], columns: list[str]):
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
-# %% ../../nbs/lab/figures.ipynb #0ad51e80
+# %% ../../nbs/lab/figures.ipynb #7d23e1d1
 def _grid(ax, cells: list[dict], models: list[str], labels: list[str], names: list[str], metric: str):
     "Draw coloured cells with value, interval and spread over runs."
     values = np.full((len(models), len(names)), np.nan)
@@ -766,7 +766,7 @@ def _grid(ax, cells: list[dict], models: list[str], labels: list[str], names: li
         if r.get("own"):
             ax.add_patch(plt.Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec=PALETTE[3], lw=2.2))
 
-# %% ../../nbs/lab/figures.ipynb #b113f05e
+# %% ../../nbs/lab/figures.ipynb #7e6e6cf2
 def _published_grid(ax, others: pd.DataFrame, metric: str):
     "Draw what others published as hatched cells without colour."
     methods, names = list(dict.fromkeys(others.method)), list(dict.fromkeys(others.dataset))
