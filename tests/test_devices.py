@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import small_config
 
+from smart_iqa import training
 from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
@@ -20,7 +21,7 @@ from smart_iqa.files import read_lines
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.lab.runs import execute, fit_together, is_held, open_run
 from smart_iqa.model import load_checkpoint
-from smart_iqa.training import CropFeed, Solver, TrainingError, make_model, predict
+from smart_iqa.training import CropFeed, Solver, TrainingError, make_model, predict, save_resume_point
 
 pytest.importorskip("accelerate")
 CASES = {  # 25 training pictures in batches of 8: the last batch of one picture leaves one process without any
@@ -269,7 +270,7 @@ def test_a_full_disk_leaves_no_part(standin, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
-        solver.save()
+        save_resume_point(solver)
     assert (solver.folder / "resume.pt").read_bytes() == before and not list(solver.folder.glob(".resume*"))
 
 
@@ -282,7 +283,7 @@ def test_a_clock_that_jumps(standin, tmp_path, monkeypatch):
         return now[0]
 
     monkeypatch.setattr(time, "time", jumps)
-    saved, save = [], Solver.save
-    monkeypatch.setattr(Solver, "save", lambda self: (saved.append(1), save(self)))
+    saved, save = [], training.save_resume_point
+    monkeypatch.setattr(training, "save_resume_point", lambda solver: (saved.append(1), save(solver)))
     solver = alone(opened(tmp_path / "run", standin, epochs=1, checkpoint_minutes=0.0))
     assert all(solver.history[0][k] >= 0 for k in ("seconds", "val_seconds")) and len(saved) == 5  # four steps and the epoch's end

@@ -28,7 +28,7 @@ from smart_iqa.lab.runs import open_run
 from smart_iqa.metrics import evaluate
 from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_checkpoint
 from smart_iqa.sets import DataError
-from smart_iqa.training import Diverged, Solver, TrainingError, predict
+from smart_iqa.training import Diverged, Solver, TrainingError, predict, save_resume_point
 
 as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
 
@@ -586,7 +586,7 @@ def test_damaged_resume_point(cut, standin, tmp_path):
     """The error names the file, so that one knows what to delete."""
     cfg = small_config(standin, epochs=1)
     _, feed, model = prepare(cfg)
-    Solver(model, feed, cfg, tmp_path).save()
+    save_resume_point(Solver(model, feed, cfg, tmp_path))
     path = tmp_path / "resume.pt"
     whole = path.read_bytes()
     path.write_bytes(b"hello" * 50 if cut == "text" else whole[: int(cut * len(whole)) if cut == 0.5 else cut])
@@ -598,7 +598,7 @@ def test_resume_point_of_another_model(standin, tmp_path):
     """A folder that was used for another model: named, not a list of five hundred keys."""
     cfg = small_config(standin, epochs=1)
     _, feed, model = prepare(cfg)
-    Solver(model, feed, cfg, tmp_path).save()
+    save_resume_point(Solver(model, feed, cfg, tmp_path))
     other = small_config(standin, epochs=1, use_attention=False)
     _, feed, model = prepare(other)
     with pytest.raises((TrainingError, ValueError), match=r"resume\.pt"):

@@ -227,19 +227,19 @@ def test_killed_at_an_awkward_moment(where, standin, tmp_path, monkeypatch):
     want = train(small_config(standin, **values), tmp_path / "whole")[2]
     _, feed, model = prepare(cfg := small_config(standin, **values))
     (killed := tmp_path / "killed").mkdir()
-    solver, save, count = Solver(model, feed, cfg, killed), Solver.save, [0]
+    solver, save, count = Solver(model, feed, cfg, killed), training.save_resume_point, [0]
 
-    def stop(self):
+    def stop(solver):
         count[0] += 1
         n = {"before a resume point": 2, "after a resume point": 3, "between checkpoint and resume point": 6, "after the last epoch": 9}[where]
         if where == "after a resume point" or where == "after the last epoch":
-            save(self)
+            save(solver)
         if count[0] == n:
             raise Killed
         if where in ("before a resume point", "between checkpoint and resume point"):
-            save(self)
+            save(solver)
 
-    monkeypatch.setattr(Solver, "save", stop)
+    monkeypatch.setattr(training, "save_resume_point", stop)
     with pytest.raises(Killed):
         solver.fit()
     monkeypatch.undo()
@@ -339,15 +339,15 @@ def test_a_killed_run_with_a_rebuilt_optimizer_goes_on(at, standin, tmp_path, mo
     want = last_weights(cfg, tmp_path / "whole")
     _, feed, model = prepare(cfg)
     (killed := tmp_path / "killed").mkdir()
-    save, count = Solver.save, [0]
+    save, count = training.save_resume_point, [0]
 
-    def stop(self):
-        save(self)
+    def stop(solver):
+        save(solver)
         count[0] += 1
         if count[0] == at:
             raise Killed
 
-    monkeypatch.setattr(Solver, "save", stop)
+    monkeypatch.setattr(training, "save_resume_point", stop)
     with pytest.raises(Killed):
         Solver(model, feed, cfg, killed).fit()
     monkeypatch.undo()
@@ -522,18 +522,18 @@ def test_the_checkpoint_is_of_the_best_epoch_that_was_written_down(standin, tmp_
     monkeypatch.setattr(training, "evaluate", lambda *a, **k: evaluate(*a, **k) | dict(srcc=next(values)))
     images, feed, model = prepare(cfg)
     folder = open_run(tmp_path / "run", cfg, images, keep=False)
-    first, save, kept = Solver(model, feed, cfg, folder), Solver.save, {}
+    first, save, kept = Solver(model, feed, cfg, folder), training.save_resume_point, {}
 
-    def killed(self):
-        if self.at["epoch"] == 2:
+    def killed(solver):
+        if solver.state["epoch"] == 2:
             raise KeyboardInterrupt
-        save(self)
-        kept.update({k: v.clone() for k, v in self.model.state_dict().items()})
+        save(solver)
+        kept.update({k: v.clone() for k, v in solver.model.state_dict().items()})
 
-    monkeypatch.setattr(Solver, "save", killed)
+    monkeypatch.setattr(training, "save_resume_point", killed)
     with pytest.raises(KeyboardInterrupt):
         first.fit()
-    monkeypatch.setattr(Solver, "save", save)
+    monkeypatch.setattr(training, "save_resume_point", save)
     _, feed, model = prepare(cfg)
     second = Solver(model, feed, cfg, folder)
     assert second.fit()["best_epoch"] == 1 and all(torch.equal(v, kept[k]) for k, v in second.model.state_dict().items())

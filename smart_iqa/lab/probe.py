@@ -40,7 +40,7 @@ from .planned import PlannedRun
 from ..devices import code_digest, environment
 from ..files import write_json
 from .runs import RunError, execute
-from ..training import CropFeed, Solver, make_model
+from ..training import CropFeed, Solver, make_model, train_epoch
 
 # %% ../../nbs/lab/probe.ipynb #656bb656
 def memory_now() -> tuple[int, int]:  # bytes
@@ -207,7 +207,7 @@ def measure_kind(
         feed = _Noise(model, cfg, device, b, steps + 1)
         with tempfile.TemporaryDirectory() as folder:
             solver = Solver(model, feed, feed.cfg, folder)
-            memory = _peak(device, watch, f"step {b}", solver._train_epoch)
+            memory = _peak(device, watch, f"step {b}", lambda: train_epoch(solver))
         told["batches"].append(b)
         told["step_seconds"].append(float(np.median(np.diff(feed.asked)[1:])))
         told["step_memory"].append(memory)
