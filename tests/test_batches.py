@@ -225,7 +225,7 @@ def test_every_run_starts_once(tmp_path):
     diary = tmp_path / "diary"
     nb = small_notebook(tmp_path / "n.ipynb", "n = 0\nfolder = None", f"import time\nwith open({str(diary)!r}, 'a') as f: f.write(f'{{n}}\\n')\ntime.sleep(1)",
                         "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
-    code = f"from smart_iqa.workers import *\nprint(len(finish({{n: Job({nb!r}, dict(n=n)) for n in range(6)}}, {str(tmp_path / 'out')!r})))"
+    code = f"from smart_iqa.lab.workers import *\nprint(len(finish({{n: Job({nb!r}, dict(n=n)) for n in range(6)}}, {str(tmp_path / 'out')!r})))"
     drivers = [subprocess.Popen([sys.executable, "-c", code], env=OWN, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [p.communicate(timeout=300)[0].strip() for p in drivers] == ["6"] * 3
     assert sorted(diary.read_text().split()) == list("012345")

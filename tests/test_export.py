@@ -361,7 +361,7 @@ def test_panel_without_gate_calibration_or_ipywidgets(photos, monkeypatch):
 
 def test_no_widget_state_in_the_notebook():
     """GitHub shows stored widgets as blanks."""
-    nb = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "30_panel.ipynb").read_text(encoding="utf-8"))
+    nb = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "app" / "panel.ipynb").read_text(encoding="utf-8"))
     assert "widgets" not in nb["metadata"]
     kinds = {kind for c in nb["cells"] for o in c.get("outputs", []) for kind in o.get("data", {})}
     assert "application/vnd.jupyter.widget-view+json" not in kinds and kinds & {"image/png", "image/jpeg"}
