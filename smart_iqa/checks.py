@@ -337,8 +337,8 @@ def default_split(
 
 def _published_parts(name: str) -> dict[str, int]:
     "Sizes of the official parts; empty for a set without any."
-    sizes = [s.strip().replace(",", "") for s in FACTS[name].official.split("/")]
-    return {part: int(n) for part, n in zip(("train", "val", "test"), sizes) if n.isdecimal()} if len(sizes) == 3 else {}
+    sizes = FACTS[name].official
+    return {} if isinstance(sizes, str) else {part: n for part, n in zip(("train", "val", "test"), sizes) if n}
 
 
 def _check_split(report: Report, found: ImageSet, cfg: Config, partial: bool, pairs: pd.DataFrame):
