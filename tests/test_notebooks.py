@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "lab", "app", "results")
+FOLDERS = ("", "lab", "app", "tutorials", "results")
 LIBRARY = [p for folder in FOLDERS for p in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
