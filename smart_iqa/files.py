@@ -244,7 +244,7 @@ def ahead(
 def one_ahead(
     items: Iterable,
 ) -> Iterator:
-    "Yield the same items in the same order, each made in a thread while the one before is used. Errors are raised here."
+    "Yield the same items in order, each made in a thread while the one before is used. Errors are raised here."
     items, done = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
         yield from takewhile(lambda item: item is not done, ahead(pool, lambda _: next(items, done), repeat(None), 1))
