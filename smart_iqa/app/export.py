@@ -30,11 +30,10 @@ from ..config import check_names
 from ..crops import MEAN, STD
 from ..demo import photograph
 from ..files import replacing
-from .intervals import Calibration
 from ..metrics import compare, srcc
 from ..heads import GRID, LDA_GRIDS
 from ..model import CheckpointError
-from .scoring import Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer
+from .scoring import Calibration, Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer
 
 # %% ../../nbs/app/export.ipynb #a1885353
 MADE_BY = "<!-- written by smart_iqa.app.export -->"  # a README.md without this line is somebody's own and is kept

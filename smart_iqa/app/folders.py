@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from filelock import Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -256,6 +255,8 @@ def read_scores(
 # %% ../../nbs/app/folders.ipynb #d3311461
 def model_id(scorer: Scorer) -> str:
     "Name and fingerprint of all that defines a scorer's numbers, e.g. smart-lite@0123456789."
+    import torch
+
     rules = [asdict(scorer.policy), asdict(scorer.calibration) if scorer.calibration else None]
     digest = hashlib.sha256(json.dumps(rules).encode())
     for name, t in sorted(scorer.model.state_dict().items()):
