@@ -29,6 +29,7 @@ from ..cpu import fold_batchnorm
 from ..config import check_names
 from ..crops import MEAN, STD
 from ..demo import photograph
+from ..files import replacing
 from ..metrics import compare, srcc
 from ..heads import GRID, LDA_GRIDS
 from ..model import CheckpointError
@@ -187,16 +188,12 @@ def export_onnx(
     path = Path(path)
     proto = _trace(_Graph(scorer.model, scorer.policy.crop), scorer.policy.crop)
     onnx.helper.set_model_props(proto, _about(scorer))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
         found = check_onnx(temporary, scorer)
         if not found.score.max() <= limit or not found.attention.max() <= limit:
             raise ExportError(f"{path.name}: scores differ from torch's by up to {found.score.max():.1e} points, attention by {found.attention.max():.1e}, more than "
                               f"limit={limit:g}; if that is the rounding of a deep network, raise the limit")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return found
 
 
