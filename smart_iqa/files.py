@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROGRESS', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'cache_dir', 'take_lock',
-           'locked', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name']
+           'locked', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name', 'ahead', 'one_ahead']
 
 # %% ../nbs/01_files.ipynb #32262ef9
 import contextlib
@@ -17,8 +17,11 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, repeat, takewhile
 from pathlib import Path
 
 import pandas as pd
@@ -224,3 +227,44 @@ def find_by_name(
     near = difflib.get_close_matches(name, known, 3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}, or package.module:Name")
+
+# %% ../nbs/01_files.ipynb #6822b00c
+def ahead(
+    pool: ThreadPoolExecutor,
+    function,         # of one item
+    items: Iterable,
+    n: int,           # items that may wait at once
+) -> Iterator:
+    """Map a function over items in a pool that works at most n items ahead, in order and in bounded memory.
+
+    What the function or the items raise is raised here, in its turn. ValueError for n < 1."""
+    if n < 1:
+        raise ValueError(f"n={n}: must be 1 or more")
+    items, running, broken = iter(items), deque(), []
+
+    def start(k):
+        try:
+            running.extend(pool.submit(function, item) for item in islice(items, 0 if broken else k))
+        except Exception as e:  # of the items; what they gave before comes first
+            broken.append(e)
+
+    try:
+        start(n)
+        while running:
+            result = running.popleft().result()
+            start(1)
+            yield result
+        if broken:
+            raise broken[0]
+    finally:
+        for waiting in running:
+            waiting.cancel()
+
+# %% ../nbs/01_files.ipynb #ahead003
+def one_ahead(
+    items: Iterable,
+) -> Iterator:
+    "Yield the same items in the same order, each made in a thread while the one before is used. Errors are raised here."
+    items, done = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        yield from takewhile(lambda item: item is not done, ahead(pool, lambda _: next(items, done), repeat(None), 1))

@@ -22,9 +22,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from .config import Config, seed_everything
 from .cpu import for_scoring
-from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, one_ahead, random_plan, share
+from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan, share
 from .devices import Devices, keep_memory, learning_norms, note_environment, pick_device, use_bf16
-from .files import append_line, read_lines, track, write_lines
+from .files import append_line, one_ahead, read_lines, track, write_lines
 from .losses import get_loss
 from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint

@@ -30,9 +30,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..config import fingerprint
-from ..crops import ahead
 from ..images import ImageError, load_image
-from ..files import cache_dir, take_lock, track
+from ..files import ahead, cache_dir, take_lock, track
 from ..files import write_whole
 from .scoring import Score, Scorer
 

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import nn
 
 from ..cpu import for_scoring
-from ..crops import MEAN, STD, ahead, grid_shape, normalise
-from ..images import MAX_PIXELS, ImageError, load_image, resize, resized_size, to_rgb
+from ..crops import MEAN, STD, normalise
+from ..files import ahead
+from ..images import MAX_PIXELS, ImageError, grid_shape, load_image, resize, resized_size, to_rgb
 from .intervals import Calibration, calibrate
 from ..devices import keep_memory, pick_device, use_bf16
 from ..model import find_checkpoint, load_checkpoint, read_about, save_checkpoint
