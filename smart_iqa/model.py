@@ -8,7 +8,6 @@ __all__ = ['DROPS', 'PACKAGED', 'SmartIQA', 'HyperIQA', 'native_name', 'Checkpoi
 
 # %% ../nbs/10_model.ipynb #5a18146b
 import json
-import os
 import pickle
 import re
 from importlib.resources import files
@@ -24,6 +23,7 @@ from torch import nn
 from .backbones import Backbone, WeightsError, hub_answers, load_backbone_weights
 from .config import check_names, current_names
 from .cpu import freeze_norms
+from .files import replacing
 from .heads import Head, find_head
 
 # %% ../nbs/10_model.ipynb #870765a8
@@ -301,29 +301,23 @@ def save_checkpoint(
 ):
     "Save weights, and in the header how to build the model, so that `load_checkpoint` needs nothing else."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    save_file(tensors, temporary, metadata={"smart_iqa": json.dumps(model.arguments)} | ({"about": json.dumps(about)} if about else {}))
-    temporary.replace(path)
+    metadata = {"smart_iqa": json.dumps(model.arguments)} | ({"about": json.dumps(about)} if about else {})
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def write_about(
     path: str | Path,  # of a checkpoint that `save_checkpoint` wrote
     about: dict,       # plain JSON, in place of what was there
 ):
-    "Tell a checkpoint something else about itself; only the file's header is written anew, its tensors stay bit by bit."
-    path, head = Path(path), lambda raw: 8 + int.from_bytes(raw[:8], "little")   # safetensors: length, header, tensors
-    with safe_open(path, "pt"):
-        raw = path.read_bytes()
-    header = json.loads(raw[8 : head(raw)])
-    header["__metadata__"] = header.get("__metadata__", {}) | {"about": json.dumps(about)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)                                                # tensors begin at a multiple of 8 bytes
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(len(text).to_bytes(8, "little") + text + raw[head(raw) :])
-    temporary.replace(path)
+    "Give a checkpoint another `about`. Everything else that its header says stays, and its tensors bit by bit."
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata() or {}
+    with replacing(path) as temporary:
+        save_file(load_file(path), temporary, metadata=metadata | {"about": json.dumps(about)})
 
 
 def read_about(
