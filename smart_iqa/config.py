@@ -99,12 +99,11 @@ class Config:
     device: str = "auto"           # auto, cpu, cuda, cuda:1, mps
     threads: int = 0               # torch threads; 0: as torch chooses
     workers: int = 0               # processes that cut crops; 0: in the training process
-    processes: int = 1             # processes that train, one a device; 1: this one
     cache: str | None = None       # folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa
     checkpoint_minutes: float = 5.0  # minutes between two resume points inside an epoch
 
 # %% ../nbs/00_config.ipynb #4afdbedc
-MACHINE = ("amp", "device", "threads", "workers", "processes", "cache", "checkpoint_minutes", "root", "labels")
+MACHINE = ("amp", "device", "threads", "workers", "cache", "checkpoint_minutes", "root", "labels")
 
 PROFILES = {
     "paper": {},
@@ -126,7 +125,7 @@ _CHOICES = dict(profile=tuple(PROFILES), split=("official", "paper", "random", "
                 fit=("short", "squash"), test_positions=("grid", "random", "center"), method=("smart", "hyperiqa"), head=("hyper", "plain"), afa=("concat", "projected"),
                 optimizer=("adamw", "adam"), schedule=("cosine", "step", "constant", "hyperiqa"),
                 protocol=("default", "legacy"), choose_on=("val", "test"), amp=("auto", "on", "off"))
-_POSITIVE = ("size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size", "accumulate", "lr", "step_epochs", "processes", "val_fraction",
+_POSITIVE = ("size", "crop", "train_crops", "val_crops", "test_crops", "epochs", "batch_size", "accumulate", "lr", "step_epochs", "val_fraction",
              "test_fraction")
 _NOT_NEGATIVE = ("seed", "split_seed", "threads", "workers", "checkpoint_minutes", "limit", "patience", "weight_decay", "warmup", "color_jitter", "clip", "alpha", "margin", "eta_min", "lr_floor", "head_lr_ratio")
 _PARTS = ("val_fraction", "test_fraction", "cal_fraction", "teacher_weight", "ema", "drop_path", "dropout")

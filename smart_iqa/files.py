@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROGRESS', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'cache_dir', 'take_lock',
-           'locked', 'track', 'meanwhile', 'usable_cores', 'span']
+           'locked', 'track', 'meanwhile', 'usable_cores', 'span', 'error_of']
 
 # %% ../nbs/01_files.ipynb #32262ef9
 import contextlib
@@ -21,7 +21,6 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
-
 
 # %% ../nbs/01_files.ipynb #f1333fcd
 def write_whole(
@@ -185,3 +184,12 @@ def span(
     if seconds is None or math.isnan(seconds):
         return ""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+# %% ../nbs/01_files.ipynb #e1a0c0df
+def error_of(function: Callable, *args, **kwargs) -> str:
+    "Return the message of the error that a call raises. AssertionError where it raises none."
+    try:
+        function(*args, **kwargs)
+    except (ValueError, RuntimeError, OSError, ImportError) as e:
+        return str(e)
+    raise AssertionError(f"{getattr(function, '__name__', function)} raised no error")
