@@ -217,7 +217,7 @@ def runs(args: argparse.Namespace):
 # %% ../nbs/cli.ipynb #ef227a76
 def paper(args: argparse.Namespace) -> int:
     "Run every experiment of the paper that is missing or no longer stands, and gather tables, figures and claims into one report."
-    from smart_iqa.lab.paper import STEPS, run_paper
+    from smart_iqa.lab.report import STEPS, run_paper
 
     if args.list:
         for s in STEPS:

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
-
 
 # %% ../nbs/00_config.ipynb #36d5a062
 @dataclass(frozen=True)
@@ -226,8 +224,9 @@ def seed_everything(
     *seeds: int,  # e.g. the run's seed and the epoch; their combination seeds every generator
 ):
     "Seed Python, NumPy and torch. Different tuples give unrelated streams (NumPy's SeedSequence), but zeros at the end do not count: (42,) and (42, 0) are one."
+    import torch  # takes seconds to import; only who trains waits for it
+
     state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
-

@@ -8,7 +8,6 @@ __all__ = ['AFA', 'DROPS', 'PACKAGED', 'SmartIQA', 'HyperIQA', 'native_name', 'C
 
 # %% ../nbs/10_model.ipynb #5a18146b
 import json
-import os
 import pickle
 import re
 from importlib.resources import files
@@ -24,6 +23,7 @@ from torch import nn
 from .backbones import Backbone, WeightsError, hub_answers, load_backbone_weights
 from .config import check_names
 from .cpu import freeze_norms
+from .files import replacing, write_whole
 from smart_iqa.heads import (
     GRID, HIDDEN, LDA_GRIDS, RANK, Gate, HyperNet, LocalDistortion, LowRankHyperNet, PlainNet, Projection,
     SigmoidGate, target_net,
@@ -324,12 +324,12 @@ def save_checkpoint(
 ):
     "Save weights, and in the header how to build the model, so that `load_checkpoint` needs nothing else."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    save_file(tensors, temporary, metadata={"smart_iqa": json.dumps(model.arguments)} | ({"about": json.dumps(about)} if about else {}))
-    temporary.replace(path)
+    metadata = {"smart_iqa": json.dumps(model.arguments)} | ({"about": json.dumps(about)} if about else {})
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def write_about(
@@ -344,9 +344,7 @@ def write_about(
     header["__metadata__"] = header.get("__metadata__", {}) | {"about": json.dumps(about)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)                                                # tensors begin at a multiple of 8 bytes
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(len(text).to_bytes(8, "little") + text + raw[head(raw) :])
-    temporary.replace(path)
+    write_whole(path, len(text).to_bytes(8, "little") + text + raw[head(raw) :])
 
 
 def read_about(

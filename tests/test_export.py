@@ -26,9 +26,8 @@ from smart_iqa.app.export import (
     quantise_onnx,
     save_pretrained,
 )
-from smart_iqa.app.intervals import Calibration
 from smart_iqa.app.panel import ScorePanel, quality_figure
-from smart_iqa.app.scoring import Policy, Scorer, cut
+from smart_iqa.app.scoring import Calibration, Policy, Scorer, cut
 from smart_iqa.crops import normalise
 from smart_iqa.demo import photograph
 from smart_iqa.model import CheckpointError, SmartIQA

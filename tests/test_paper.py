@@ -14,7 +14,7 @@ import pytest
 
 from smart_iqa.demo import DEMO_NOTE
 from smart_iqa.lab.figures import arms_figure
-from smart_iqa.lab.paper import STEPS, _Listing, parameters_for, run_paper
+from smart_iqa.lab.report import STEPS, _Listing, parameters_for, run_paper
 from smart_iqa.lab.runs import RunError, compare_runs, list_runs, parameters_of, run_digest
 from smart_iqa.lab.sweeps import caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
 

@@ -13,10 +13,10 @@ from smart_iqa.backbones import forward_flops
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
 from smart_iqa.lab import plan, probe
-from smart_iqa.lab.paper import pick_steps
 from smart_iqa.lab.plan import Machine, cost_of, describe, project
 from smart_iqa.lab.planned import PlannedRun, asked_runs, planned_runs
 from smart_iqa.lab.probe import data_key, kind_key, kind_of
+from smart_iqa.lab.report import pick_steps
 from smart_iqa.lab.runs import RunError, execute, is_finished, planned_folder, run_folder
 from smart_iqa.training import make_model
 

@@ -33,8 +33,7 @@ from smart_iqa.app.folders import (
     read_scores,
     score_files,
 )
-from smart_iqa.app.intervals import Calibration
-from smart_iqa.app.scoring import Policy, Scorer, create_scorer, save_scorer
+from smart_iqa.app.scoring import Calibration, Policy, Scorer, create_scorer, save_scorer
 from smart_iqa.cli import main
 from smart_iqa.demo import photograph
 from smart_iqa.images import ImageError, load_image

@@ -1,5 +1,7 @@
 """The scorer: one score a picture whatever surrounds it, maps that are local, intervals that come along, and the packaged model."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,8 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 
 import smart_iqa
-from smart_iqa.app.intervals import Calibration
-from smart_iqa.app.scoring import Policy, Scorer, create_scorer, layout, save_scorer
+from smart_iqa.app.scoring import Calibration, Policy, Scorer, create_scorer, layout, save_scorer
 from smart_iqa.demo import photograph
 from smart_iqa.images import ImageError
 from smart_iqa.model import CheckpointError, build_model, find_checkpoint, read_about
@@ -219,3 +220,21 @@ def test_weights_of_the_scoring_copy_are_its_own(small):
     fast = Scorer(small.model, small.policy, device="cpu", amp="on")
     assert {p.dtype for p in fast.model.parameters()} == {torch.float32}
     assert torch.bfloat16 in {p.dtype for p in fast._fast.backbone.parameters()} and {p.dtype for p in fast._fast.hyper.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("modules", ["smart_iqa", "smart_iqa.app.scoring, smart_iqa.app.folders"])
+def test_importing_takes_no_torch(modules):
+    """Who only looks for pictures or asks for help does not wait for torch; scoring itself imports it."""
+    code = f"import sys, {modules}; print(sorted({{'torch', 'torchvision', 'timm'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_old_import_paths():
+    """What the README of the original and ours have shown."""
+    from smart_iqa import HyperIQA, SmartIQA, load_checkpoint
+    from smart_iqa.data import DataLoader
+
+    assert SmartIQA.__module__ == HyperIQA.__module__ == load_checkpoint.__module__ == "smart_iqa.model"
+    assert DataLoader.__module__ == "smart_iqa.data"
+    assert smart_iqa.create_scorer is create_scorer

@@ -29,11 +29,11 @@ from ..cpu import fold_batchnorm
 from ..config import check_names
 from ..crops import MEAN, STD
 from ..demo import photograph
-from .intervals import Calibration
+from ..files import replacing
 from ..metrics import compare, srcc
 from ..heads import GRID, LDA_GRIDS
 from ..model import CheckpointError
-from .scoring import Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer
+from .scoring import Calibration, Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer
 
 # %% ../../nbs/app/export.ipynb #a1885353
 MADE_BY = "<!-- written by smart_iqa.app.export -->"  # a README.md without this line is somebody's own and is kept
@@ -188,16 +188,12 @@ def export_onnx(
     path = Path(path)
     proto = _trace(_Graph(scorer.model, scorer.policy.crop), scorer.policy.crop)
     onnx.helper.set_model_props(proto, _about(scorer))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
         found = check_onnx(temporary, scorer)
         if not found.score.max() <= limit or not found.attention.max() <= limit:
             raise ExportError(f"{path.name}: scores differ from torch's by up to {found.score.max():.1e} points, attention by {found.attention.max():.1e}, more than "
                               f"limit={limit:g}; if that is the rounding of a deep network, raise the limit")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return found
 
 

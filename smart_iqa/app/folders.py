@@ -24,16 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from filelock import Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..config import fingerprint
-from ..crops import ahead
 from ..images import ImageError, load_image
-from ..files import cache_dir, take_lock, track
-from ..files import write_whole
+from ..files import ahead, cache_dir, replacing, take_lock, track, write_whole
 from .scoring import Score, Scorer
 
 # %% ../../nbs/app/folders.ipynb #327c889e
@@ -258,6 +255,8 @@ def read_scores(
 # %% ../../nbs/app/folders.ipynb #d3311461
 def model_id(scorer: Scorer) -> str:
     "Name and fingerprint of all that defines a scorer's numbers, e.g. smart-lite@0123456789."
+    import torch
+
     rules = [asdict(scorer.policy), asdict(scorer.calibration) if scorer.calibration else None]
     digest = hashlib.sha256(json.dumps(rules).encode())
     for name, t in sorted(scorer.model.state_dict().items()):
@@ -495,16 +494,11 @@ def contact_sheet(
     "One HTML page with all pictures, best first, and the failures at the end. It needs no other file and no network."
     paths = dict(zip(frame.file, (f.path for f in found) if found else frame.file))
     scored = pick_rows(frame, "score")
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "w", encoding="utf-8") as page, ThreadPoolExecutor(2) as pool:
-            page.write(_head(frame, scored, info or {}))
-            thumbnails = ahead(pool, _thumbnail, (paths[f] for f in scored.file), 8)
-            for row, thumbnail in track(zip(scored.itertuples(), thumbnails), len(scored), "contact sheet", progress):
-                page.write(_card(row, thumbnail))
-            failed = [f"<li>{html.escape(printable(f))}: {html.escape(printable(e))}</li>" for f, e in zip(frame.file, frame.error) if e]
-            page.write("</main>\n" + ("<h2>Could not be scored</h2>\n<ul>" + "\n".join(failed) + "</ul>\n" if failed else "") + "</body></html>\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as page, ThreadPoolExecutor(2) as pool:
+        page.write(_head(frame, scored, info or {}))
+        thumbnails = ahead(pool, _thumbnail, (paths[f] for f in scored.file), 8)
+        for row, thumbnail in track(zip(scored.itertuples(), thumbnails), len(scored), "contact sheet", progress):
+            page.write(_card(row, thumbnail))
+        failed = [f"<li>{html.escape(printable(f))}: {html.escape(printable(e))}</li>" for f, e in zip(frame.file, frame.error) if e]
+        page.write("</main>\n" + ("<h2>Could not be scored</h2>\n<ul>" + "\n".join(failed) + "</ul>\n" if failed else "") + "</body></html>\n")

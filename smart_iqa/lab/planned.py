@@ -17,7 +17,7 @@ import nbformat
 
 from ..config import Config, check_names, fingerprint, make_config, run_id
 from ..data import load_set
-from .paper import parameters_for, pick_steps
+from .report import parameters_for, pick_steps
 from .runs import NothingStarted, RunError, collect_runs, find_notebook
 from ..sets import FACTS
 from .sweeps import RECIPES
