@@ -11,8 +11,7 @@ from conftest import picture, prepare, small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from smart_iqa.app.panel import quality_figure
-from smart_iqa.app.scoring import Policy, Scorer
+from smart_iqa.app.scoring import Policy, Scorer, quality_figure
 from smart_iqa.config import make_config, run_id
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.lab.figures import attention_by_decile, attention_table
@@ -281,7 +280,7 @@ def scorer():
     return Scorer(model, Policy(110, "short", 96, 6), None, dict(name="toy"), device="cpu", amp="off")
 
 
-def test_scorer_and_panel(scorer):
+def test_scorer_and_figure(scorer):
     """Four weights a picture, in the table and beside the picture."""
     photos = [picture(0, 150, 130), picture(3, 240, 130, 60.0)]
     t = scorer.table(photos)
