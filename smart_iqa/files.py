@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROGRESS', 'replacing', 'move', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'error_of',
-           'cache_dir', 'take_lock', 'locked', 'track', 'meanwhile', 'usable_cores', 'span', 'ahead', 'one_ahead']
+           'cache_dir', 'take_lock', 'locked', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name', 'ahead',
+           'one_ahead']
 
 # %% ../nbs/01_files.ipynb #32262ef9
 import contextlib
+import difflib
 import errno
+import importlib
 import json
 import logging
 import math
@@ -17,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import entry_points
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat, takewhile
 from pathlib import Path
@@ -216,6 +220,43 @@ def span(
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
+
+# %% ../nbs/01_files.ipynb #6bb860ae
+def _import_name(module: str, name: str, asked: str):
+    "Import an object. ValueError, beginning with `asked`, says which part of the name is wrong."
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"{asked}: there is no module {e.name!r}; install the package that has it, or put the folder "
+                         f"where it lies on PYTHONPATH") from None
+    except Exception as e:
+        raise ValueError(f"{asked}: importing {module!r} failed: {type(e).__name__}: {e}") from e
+    if hasattr(found, name):
+        return getattr(found, name)
+    known = [n for n in vars(found) if not n.startswith("_")]
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known[:10]) or 'no names'}"
+    raise ValueError(f"{asked}: module {module!r} has no {name!r}; {hint}")
+
+
+def find_by_name(
+    name: str,    # a row of the table, an entry point, or "package.module:Name"
+    table: dict,  # what this package has, by name; it comes before an entry point of the same name
+    kind: str,    # what is asked for, e.g. "head"; errors begin with it
+    group: str,   # of entry points, e.g. "smart_iqa.heads"
+):
+    "Find an object by name. ValueError says what is near, or what is missing."
+    if name in table:
+        return table[name]
+    points = {p.name: p for p in entry_points(group=group)}
+    if name in points:
+        return _import_name(points[name].module, points[name].attr, f"{kind} {name!r} (an entry point)")
+    if ":" in name:
+        return _import_name(*name.split(":", 1), f"{kind} {name!r}")
+    known = [*table, *points]
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}, or package.module:Name")
 
 # %% ../nbs/01_files.ipynb #6822b00c
 def ahead(
