@@ -190,7 +190,6 @@ class MachineFields:
     device: Text = param("auto", "auto, cpu, cuda, cuda:1 or mps")
     threads: Whole = param(0, "torch threads; 0: as torch chooses")
     workers: Whole = param(0, "processes that cut crops; 0: in the training process")
-    processes: Count = param(1, "processes that train, one per device; 1: this one")
     cache: Text | None = param(None, "folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa")
     checkpoint_minutes: NotNegative = param(5.0, "minutes between two resume points inside an epoch")
 
