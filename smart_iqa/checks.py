@@ -9,10 +9,8 @@ __all__ = ['KINDS', 'MAX_LINES', 'look', 'look_at_all', 'find_lines', 'Report', 
 # %% ../nbs/checks.ipynb #cf1e82d1
 import difflib
 import hashlib
-import json
 import os
 import re
-import shutil
 import tempfile
 import time
 import warnings
@@ -26,7 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .config import Config, make_config
+from .config import Config
 from .files import track
 from .data import load_set, read_set
 from smart_iqa.splits import (

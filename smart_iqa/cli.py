@@ -23,7 +23,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from .config import FIELDS, Count, Fraction, Text, Whole, advice, check_names, choices, make_config
 
-# %% ../nbs/cli.ipynb #75ac0d61
+# %% ../nbs/cli.ipynb #3035fcbb
 def option(
     kind,                        # type with limits, as in `Config`
     doc: str,                    # what the option means
@@ -83,7 +83,7 @@ def note(text: str):
 
 OUT = option(Text, "folder of all batches", "DIR")
 
-# %% ../nbs/cli.ipynb #df3942a3
+# %% ../nbs/cli.ipynb #477679b2
 _POLICY = create_mutex_group(required=False, title="number of crops")
 
 
@@ -101,7 +101,7 @@ class Score:
     fast: Annotated[flag("the model's cheaper policy: a few crops, with intervals of its own"), _POLICY] = False
     crops: Annotated[option(Count | None, "another number of crops; no intervals where it was not calibrated", "N"),
                      _POLICY] = None
-    out: option(Text | None, "table of all scores (.csv, .jsonl, .parquet); an unfinished one is resumed", "FILE") = None
+    out: option(Text | None, "table of all scores (.csv, .jsonl or .parquet); resumed if unfinished", "FILE") = None
     html: option(Text | None, "contact sheet, best first: one file that opens without a network", "FILE") = None
     heatmap: option(Text | None, "folder for a local quality map of each picture", "DIR") = None
     sort: option(Literal["found", "score", "name", "size", "interval"] | None,
@@ -120,7 +120,7 @@ class Score:
     def __call__(self) -> int:
         return score(self)
 
-# %% ../nbs/cli.ipynb #989adf36
+# %% ../nbs/cli.ipynb #9bed23a8
 def _pictures(args: Score) -> list:
     "Find the pictures that the arguments name; - stands for the names on stdin."
     from smart_iqa.app.folders import find_pictures, split_names
@@ -169,7 +169,7 @@ def _score_pictures(args: Score, pictures: list) -> int:
         note(f"wrote {path}")
     return int(bool(failed))
 
-# %% ../nbs/cli.ipynb #cb51b8f9
+# %% ../nbs/cli.ipynb #527a8b9e
 def score(args: Score) -> int:
     "Score pictures: files, folders with their subfolders, patterns. Return the exit code."
     import torch
@@ -341,7 +341,7 @@ def _columns_of(frame, names: list[str]) -> list[str]:
     check_names(names, list(frame.columns), "column of the log")
     return names
 
-# %% ../nbs/cli.ipynb #01022141
+# %% ../nbs/cli.ipynb #c5ecb0ad
 @dataclass(kw_only=True)
 class Runs:
     """List all runs below a folder: what, when, code, machine, seconds, metrics, why a run stopped.
@@ -386,7 +386,7 @@ def _list(args: Runs):
         frame.to_csv(args.csv, index=bool(args.compare))
         note(f"wrote {args.csv} ({len(frame)} rows)")
 
-# %% ../nbs/cli.ipynb #b481ee87
+# %% ../nbs/cli.ipynb #134bf74a
 @dataclass(kw_only=True)
 class Batch:
     "Which runs a batch of the paper has."
@@ -488,7 +488,7 @@ class Plan(Batch):
 
 # %% ../nbs/cli.ipynb #41e6f88c
 _NAME = Annotated[Positional[str], arg(metavar="NAME", help="name of a set (smart-iqa data list); csv for your own")]
-_SPLIT = parameter("split", default="the set's own")
+_SPLIT = parameter("split", "{official,paper,random,none,FILE.csv}", "the set's own")
 
 
 @dataclass(kw_only=True)
@@ -517,7 +517,7 @@ def _write_table(frame, path: str | None):
         frame.to_csv(path, index=False)
         note(f"wrote {path} ({len(frame):,} rows)")
 
-# %% ../nbs/cli.ipynb #6c7c2372
+# %% ../nbs/cli.ipynb #3f852316
 @dataclass(kw_only=True)
 class DataList:
     """List the known sets: kind, pictures, labels from worst to best, official split (train / val / test), address.
@@ -561,7 +561,7 @@ class DataInfo:
 
         say("\n".join([set_info(self.name), *(f"  {line}" for line in how_to_get(self.name))]))
 
-# %% ../nbs/cli.ipynb #2bc8bf00
+# %% ../nbs/cli.ipynb #3be25bb4
 @dataclass(kw_only=True)
 class DataCheck(OnDisk):
     """Read every label, file and pixel of a copy once, report all that is wrong, and how to fix it.
@@ -584,7 +584,7 @@ class DataCheck(OnDisk):
         _write_table(report.findings, self.findings)
         return report.code
 
-# %% ../nbs/cli.ipynb #2753aed2
+# %% ../nbs/cli.ipynb #b9a38a4c
 @dataclass(kw_only=True)
 class DataPrepare(OnDisk):
     """Decode a set once, at training size, so that no training has to; a killed preparation is resumed.
