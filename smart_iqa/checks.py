@@ -32,7 +32,7 @@ from smart_iqa.splits import (
     read_split, save_split, sketch,
 )
 from .images import load_image
-from .sets import FACTS, DataError, read_labels
+from .sets import DataError, find_set, read_labels
 
 # %% ../nbs/checks.ipynb #33fabaf5
 def look(
@@ -105,7 +105,7 @@ def _label_files(cfg: Config) -> list[Path]:
     if cfg.dataset == "csv":
         given = Path(cfg.labels or "").expanduser()
         return [p for p in (given, root / given) if p.is_file()][:1]
-    known = [Path(f).name for f in FACTS[cfg.dataset].files] or [""]
+    known = [Path(f).name for f in find_set(cfg.dataset).files] or [""]
     files = (p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in (*_LINES, ".json", ".xlsx") and p.is_file())
     return sorted(files, key=lambda p: (-max(difflib.SequenceMatcher(None, p.name, k).ratio() for k in known), p))  # test.csv is like train.csv
 
@@ -215,7 +215,7 @@ def _subsets(images: pd.Series) -> pd.Series:
 
 def _check_counts(report: Report, found: ImageSet, cfg: Config, partial: bool):
     "Pictures that can be used against the published number."
-    files, published = report.files, FACTS[cfg.dataset].images
+    files, published = report.files, find_set(cfg.dataset).images
     good, named = int((files.error == "").sum()), len(files) + found.skipped.image.nunique()
     text, chosen = f"{good:,} can be used of {named:,} in the labels", cfg.include or cfg.split == "paper"
     if chosen:
@@ -333,7 +333,7 @@ def default_split(
 
 def _published_parts(name: str) -> dict[str, int]:
     "Sizes of the official parts; empty for a set without any."
-    sizes = [s.strip().replace(",", "") for s in FACTS[name].official.split("/")]
+    sizes = [s.strip().replace(",", "") for s in find_set(name).official.split("/")]
     return {part: int(n) for part, n in zip(("train", "val", "test"), sizes) if n.isdecimal()} if len(sizes) == 3 else {}
 
 

@@ -534,12 +534,12 @@ class DataList:
 
 
 def how_to_get(
-    name: str,  # a name from `sets.FACTS`
+    name: str,  # a set, as `smart-iqa data list` names it
 ) -> list[str]:
     "Say in three lines how to get a set; none for sets that are your own or rendered."
-    from smart_iqa.sets import FACTS
+    from smart_iqa.sets import find_set
 
-    f = FACTS[name]
+    f = find_set(name)
     if "http" not in f.get:
         return []
     inside = " and ".join(filter(None, (" or ".join(f.files), " or ".join(f"{d}/" for d in f.folders if d != "."))))
