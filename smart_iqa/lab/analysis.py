@@ -26,14 +26,14 @@ from numpy.typing import ArrayLike
 from scipy import ndimage, stats
 from torch import nn
 
-from ..config import MACHINE, Config, make_config
+from ..config import MACHINE
 from ..crops import normalise
 from ..data import read_set
 from ..images import ImageError, pixels_or_reason
 from . import figures
 from .compare import PART_NAMES, all_of, claim, corrected, part_of, resampling_of, verdict
 from .figures import with_interval
-from .runs import read_run, run_digest
+from .runs import config_of, read_run, run_digest
 from .sweeps import write_experiment
 from ..metrics import _counts, boot_models, fit_logistic, interval_of
 
@@ -438,9 +438,7 @@ class Pictures:
         root: str | Path | None = None,  # folder of the image set, where it has moved
         cache: str | Path | None = None,  # where the demo set lies; None: as everywhere
     ):
-        known = {f.name for f in fields(Config)}
-        kept = {k: v for k, v in runs.runs[0]["config"].items() if k in known}
-        cfg = make_config(**kept | dict(on_error="skip"))
+        cfg = config_of(runs.runs[0]["config"], on_error="skip")
         cfg = replace(cfg, root=str(root) if root else cfg.root, cache=str(cache) if cache else None)
         self.found, self.size, self.fit = read_set(cfg), cfg.size, cfg.fit
         here = self.found.table.set_index("image").score.reindex(runs.labels.image)

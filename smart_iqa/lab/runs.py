@@ -31,7 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from traitlets.config import Config as TraitConfig
 
-from ..config import MACHINE, Config, check_names, fingerprint, make_config, run_id
+from ..config import MACHINE, Config, check_names, current_names, fingerprint, make_config, run_id
 from ..crops import build_cache
 from ..data import load_set
 from ..devices import Devices, _write_environment, environment, last_environment
@@ -180,7 +180,7 @@ def config_of(
     """Rebuild the configuration of a run from its record. Fields that this version does not have are left out.
     ValueError as of `make_config`."""
     names = {f.name for f in fields(Config)}
-    return make_config(**{k: v for k, v in recorded.items() if k in names} | changed)
+    return make_config(**{k: v for k, v in current_names(recorded).items() if k in names} | changed)
 
 
 def read_run(
