@@ -65,7 +65,7 @@ def verdicts(runs):
 def test_a_gate_that_follows_quality_holds(two):
     """a3 rises with the true score without exception: correlation 1 with interval [1, 1], all parts hold, and seeds agree."""
     runs = open_seeds(two, n_boot=200)
-    rho = correlations({"a3": gate_values(runs)["a3"]}, runs.score, **runs.how).set_index("seed")
+    rho = correlations({"a3": gate_values(runs)["a3"]}, runs.score, **runs.resampling).set_index("seed")
     assert rho.rho["mean"] == pytest.approx(1) and rho.low["mean"] == pytest.approx(1)
     assert verdicts(runs) == ["holds"] * 5
 
