@@ -137,8 +137,8 @@ def test_rows_have_no_order(two, tmp_path):
     a, b = (open_seeds(folders, n_boot=100) for folders in (two, mixed))
     assert triage_claims(a) == triage_claims(b)
     pd.testing.assert_frame_equal(
-        bin_means(a.score, dict(pred=a.values("pred")), **a.how),
-        bin_means(b.score, dict(pred=b.values("pred")), **b.how),
+        bin_means(a.score, dict(pred=a.values("pred")), **a.resampling),
+        bin_means(b.score, dict(pred=b.values("pred")), **b.resampling),
     )
     pd.testing.assert_frame_equal(worst_cases(a), worst_cases(b))
 
