@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from traitlets.config import Config as TraitConfig
 
-from ..config import MACHINE, Config, check_names, fingerprint, make_config, run_id
+from ..config import MACHINE, Config, check_names, current_names, fingerprint, make_config, run_id
 from ..crops import build_cache
 from ..data import load_set
 from ..devices import Devices, _write_environment, environment, last_environment
@@ -112,7 +112,7 @@ def release(
         if lock := _kept.pop(Path(folder).resolve() / name, None):
             lock.release()
 
-
+# %% ../../nbs/lab/runs.ipynb #bc344ee0
 def hold_by_hand(folder: str | Path):
     """Hold a folder until this process ends. Busy where another process works there, ValueError where the run is
     finished; then nothing new is held."""
@@ -179,9 +179,9 @@ def config_of(
     """Rebuild the configuration of a run from its record. Fields that this version does not have are left out.
     ValueError as of `make_config`."""
     names = {f.name for f in fields(Config)}
-    return make_config(**{k: v for k, v in recorded.items() if k in names} | changed)
+    return make_config(**{k: v for k, v in current_names(recorded).items() if k in names} | changed)
 
-
+# %% ../../nbs/lab/runs.ipynb #ad22ff60
 def read_run(
     folder: str | Path,  # of a finished run
 ) -> dict:               # its record, and config, environment, history and predictions (frames)
@@ -217,7 +217,7 @@ def _read(path: Path) -> dict:
     except (OSError, json.JSONDecodeError):
         return {}
 
-
+# %% ../../nbs/lab/runs.ipynb #d29c6ce6
 def time_left(
     config: dict,           # of the run: epochs
     history: pd.DataFrame,  # its finished epochs: seconds, and val_seconds where they were measured
@@ -292,7 +292,7 @@ def _logged(folder: Path) -> dict:
         row |= {f"{part}_{k}": metrics.get(k) for k in ("n", "srcc", "plcc", "rmse")}
     return row
 
-
+# %% ../../nbs/lab/runs.ipynb #f909ec0c
 def list_runs(
     out: str | Path = "outputs",
     where: str | None = None,  # a pandas query over columns and parameters, such as "seed == 0 and loss == 'l1'"
@@ -393,6 +393,9 @@ def _papermill():
 
     papermill_io.register(_Whole.prefix, _Whole())
     return papermill
+
+# %% ../../nbs/lab/runs.ipynb #ad7cd96c
+#| export
 
 # %% ../../nbs/lab/runs.ipynb #c9029bbd
 _noted: ContextVar[list | None] = ContextVar("noted", default=None)
@@ -519,7 +522,7 @@ def _failed(stem: str, folder: Path, kind: str, reason: str, message: str) -> Ru
         write_json(folder / "failure.json", failure)
     return RunError(message, kind, reason)
 
-
+# %% ../../nbs/lab/runs.ipynb #df70b9f9
 def _execute(path: Path, folder: Path, parameters: dict):
     "Run a notebook in a kernel of its own. RunError where it, its kernel or a disk fails."
     papermill = _papermill()
@@ -556,7 +559,7 @@ def _remove_leftovers(folder: Path):
     for path in (folder / "failure.json", *folder.glob("progress.json*"), *folder.glob(".*.tmp")):
         path.unlink(missing_ok=True)
 
-
+# %% ../../nbs/lab/runs.ipynb #c2192b28
 def execute(
     notebook: str | Path,           # "train", another experiment, or a path
     parameters: dict | None = None, # checked by name against the notebook's parameters
@@ -614,7 +617,7 @@ def _end_with_parent():
 
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/lab/runs.ipynb #c8137080
 def _named(
     arguments: list[str],  # a run folder, or NAME=VALUE as `smart-iqa run train` takes them
 ) -> tuple[Path, Config, ImageSet]:
@@ -672,7 +675,7 @@ def train_together(
         print(f"{folder}: {outcome}", flush=True)
     return devices
 
-
+# %% ../../nbs/lab/runs.ipynb #11b40f5e
 def _main():
     _end_with_parent()
     try:
