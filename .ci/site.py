@@ -1,143 +1,111 @@
 """Build the documentation site from the notebooks, without network: python .ci/site.py DIR, then open DIR/index.html.
 
-Nothing is executed: the pages show the outputs that are committed. A warning (a link to nowhere, a formula that is not understood) is an error.
-Needs the docs extra: pip install -e ".[docs]".
+Nothing is executed: the pages show the outputs that are committed.
+A link to nowhere or a formula that is not understood is an error.
 """
+import os
 import re
-import shutil
 import sys
-import tempfile
 from configparser import ConfigParser
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import nbformat
-from sphinx.application import Sphinx
+from nbformat.v4 import new_markdown_cell, new_notebook
 
-here = Path(__file__).resolve().parent
-root = here.parent
+from smart_iqa.lab.report import OfflinePage
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
 config = ConfigParser(delimiters=["="])
-config.read(root / "settings.ini", encoding="utf-8")
-cfg = config["DEFAULT"]
-
-DIRECTIVE = re.compile(r"^#\|\s*(\w+).*\n?", re.M)  # nbdev's: "#| export"
-LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)([^)\s]*)\)")  # a Markdown link to a file
-CSS = """\
-@media (min-width: 105em) { .content { width: 56em; } .sidebar-drawer { width: calc(50% - 31em); } }
-.formula { overflow-x: auto; margin: 0.6em 0; padding: 0.5em 0; }
-math { font-size: 1.1em; }
-.cell.tag_exported > .cell_input { position: relative; border-left-color: var(--color-brand-primary); }
-.cell.tag_exported > .cell_input::before { content: "in the package"; position: absolute; right: 1em; top: -0.8em; padding: 0 0.4em;
-  font-size: 0.7em; color: var(--color-foreground-muted); background: var(--color-background-primary); }
-.cell_output { overflow-x: auto; }
-.cell_output img { max-width: 100%; height: auto; background: #fff; }
-.cell_output table { font-size: var(--font-size--small); }
-.cell_output table.dataframe { border: 0; border-collapse: collapse; }
-.cell_output table.dataframe :is(th, td) { border: 0; border-bottom: 1px solid var(--color-background-border); padding: 0.2em 0.6em; text-align: right; }
-"""
-CITE = """\
-# How to cite
-
-The software, as `CITATION.cff` has it:
-
-```{literalinclude} CITATION.cff
-:language: yaml
-:end-before: "references:"
-```
-
-## The methods and the image sets
-
-```{literalinclude} references.bib
-:language: bibtex
-```
-"""
+config.read(ROOT / "settings.ini", encoding="utf-8")
+REPOSITORY = f"{config['DEFAULT']['git_url']}/blob/{config['DEFAULT']['branch']}"
+PARTS = {"The method": "", "Studies": "lab", "For photographs": "app",
+         "Experiments": "experiments", "Tutorials": "tutorials", "Results": "results"}
+UNKNOWN = re.compile(r"<math[^>]*>(?:(?!</math>).)*(?:\\|&#x0005C;).*?</math>", re.S)  # a command left as it is
 
 
-def menu(caption: str, pages: list[str]) -> str:
-    "A part of the navigation."
-    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```\n"])
-
-
-def entry(path: Path, nbs: Path) -> str:
-    "A notebook's line there, with its number: 09 Losses."
-    title = re.search(r"^# (.+)", nbformat.read(path, 4).cells[0].source, re.M)[1]
-    number = re.match(r"\d+ ?", path.stem.replace("_", " "))
-    return f"{number[0] if number else ''}{title} <{path.relative_to(nbs).with_suffix('').as_posix()}>"
-
-
-def page(path: Path, extra: str = "") -> nbformat.NotebookNode:
-    "A notebook as the site shows it: directives become tags of their cells, and `extra` is a last cell."
-    nb = nbformat.read(path, 4)
+def load(path: Path) -> nbformat.NotebookNode:
+    "Return a page's notebook: directives become a tag, hidden and empty cells go; a text is a notebook of one cell."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return new_notebook(cells=[new_markdown_cell(text)])
+    if path.suffix != ".ipynb":
+        return new_notebook(cells=[new_markdown_cell(f"# {path.name}\n\n```\n{text}\n```")])
+    nb = nbformat.reads(text, 4)
     nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}  # nbdev_clean removes it
-    cells = []
     for cell in nb.cells:
-        if cell.cell_type == "code":
-            words = DIRECTIVE.findall(cell.source)
-            cell.source = DIRECTIVE.sub("", cell.source).strip()
-            if "hide" in words or not cell.source:
-                continue
-            if {"export", "exporti", "exports"} & set(words):
-                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "exported"]
-        cells.append(cell)
-    nb.cells = cells + ([nbformat.v4.new_markdown_cell(extra)] if extra else [])
+        lines = cell.source.splitlines() if cell.cell_type == "code" else []
+        directives = " ".join(line for line in lines if line.startswith("#|"))
+        if lines:
+            cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
+        if "export" in directives and "default_exp" not in directives:
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "exported"]
+        if "hide" in directives:
+            cell.source = ""
+    nb.cells = [cell for cell in nb.cells if cell.source]
     return nb
 
 
-def outside(text: str, path: Path) -> str:
-    "Links of a page at the top level (CONTRIBUTING.md): notebooks lead to their pages, other files to the repository."
-    def to(match):
-        target, rest = match.groups()
-        if not (path.parent / target).exists():
-            sys.exit(f"{path.name}: link to {target}, which does not exist")
-        inside = "index.ipynb" if target == "README.md" else target.removeprefix("nbs/")  # the README is made from the index
-        known = inside.endswith(".ipynb") or target in ("CHANGELOG.md", "CONTRIBUTING.md")
-        return f"]({inside}{rest})" if known else f"]({cfg['git_url']}/blob/{cfg['branch']}/{target}{rest})"
-    return LINK.sub(to, text)
+def title_of(path: Path) -> str:
+    "A page in the list: 11 Losses."
+    heading = load(path).cells[0].source.splitlines()[0].lstrip("# ")
+    number = path.stem[:3].replace("_", " ") if path.stem[:2].isdigit() else ""
+    return f"{number}{heading}"
 
 
-def source(folder: Path):
-    "What Sphinx reads, in the layout of nbs/, so that the links between notebooks hold as they stand."
-    nbs = root / "nbs"
-    parts = {"Library": sorted(nbs.glob("[0-9]*.ipynb")), "Experiments": sorted((nbs / "experiments").glob("*.ipynb")),
-             "Results": sorted((nbs / "results").glob("*.ipynb"))}
-    parts = {caption: [p for p in found if not p.name.startswith("_")] for caption, found in parts.items()}
-    menus = [menu(caption, [entry(p, nbs) for p in found]) for caption, found in parts.items() if found]
-    menus.append(menu("For people who carry it on", ["CONTRIBUTING", "CHANGELOG", "cite"]))
-    for path in [nbs / "index.ipynb", *(p for found in parts.values() for p in found)]:
-        target = folder / path.relative_to(nbs)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(page(path, "\n".join(menus) if path.stem == "index" else ""), target)
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
-        (folder / name).write_text(outside((root / name).read_text(encoding="utf-8"), root / name), encoding="utf-8")
-    shutil.copy(root / "CITATION.cff", folder)
-    shutil.copy(nbs / "references.bib", folder)
-    (folder / "cite.md").write_text(CITE, encoding="utf-8")
-    (folder / "_static").mkdir()
-    (folder / "_static" / "site.css").write_text(CSS, encoding="utf-8")
+def listed(folder: str) -> list[Path]:
+    "The notebooks of a folder, without the index."
+    return [p for p in sorted((NBS / folder).glob("*.ipynb")) if p.stem != "index" and not p.name.startswith("_")]
 
 
-def build(out: Path) -> int:
-    "The site in `out`; 0 if all is well."
-    sys.path.insert(0, str(here))  # for mathml.py
-    settings = dict(
-        project=cfg["title"], author=cfg["author"], copyright=cfg["copyright"], version=cfg["version"], release=cfg["version"],
-        extensions=["myst_nb", "mathml"], html_math_renderer="mathml", html_theme="furo", html_title=f"{cfg['title']} {cfg['version']}",
-        html_static_path=["_static"], html_css_files=["site.css"], html_copy_source=False, html_show_sourcelink=False, html_show_sphinx=False,
-        nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format="gfm", myst_enable_extensions=["dollarmath", "amsmath"],
-        myst_heading_anchors=3, exclude_patterns=["_build"], html_last_updated_fmt=None)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "source"
-        folder.mkdir()
-        source(folder)
-        html = Path(scratch) / "build" / "html"  # myst-nb writes beside the folder that it is given
-        app = Sphinx(folder, None, html, Path(scratch) / "doctrees", "html", settings, status=None, warningiserror=True, freshenv=True)
-        app.build(force_all=True)
-        if app.statuscode == 0:
-            shutil.copytree(html, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".buildinfo", "objects.inv"))
-            print(f"{len(list(out.rglob('*.html')))} pages; open {out / 'index.html'}")
-        return app.statuscode
+def link(path: Path, folder: Path, name: str) -> str:
+    "A Markdown link, as a page in `folder` has it."
+    return f"[{name}]({os.path.relpath(path, folder)})"
+
+
+def target_of(url: str, path: Path, pages: dict[Path, Path]) -> str:
+    "Where a link of a page leads on the site: to another page, or to the file in the repository."
+    target, _, fragment = url.partition("#")
+    if urlsplit(url).scheme or not target:
+        return url
+    source = (path.parent / target).resolve()
+    if not source.exists():
+        sys.exit(f"{path.relative_to(ROOT)}: link to {url}, which does not exist")
+    if source in pages:
+        to = os.path.relpath(pages[source], pages[path].parent)
+    else:
+        to = f"{REPOSITORY}/{source.relative_to(ROOT)}"
+    return f"{to}#{fragment}" if fragment else to
+
+
+def build(out: Path):
+    "Write the site. A link to nowhere or a formula that is not understood ends it."
+    more = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "CITATION.cff", NBS / "references.bib"]
+    parts = {caption: listed(folder) for caption, folder in PARTS.items()} | {"More": more}
+    order = [NBS / "index.ipynb", *(path for paths in parts.values() for path in paths)]
+    pages = {p: out / p.relative_to(NBS if NBS in p.parents else ROOT).with_suffix(".html") for p in order}
+    pages[ROOT / "README.md"] = pages[NBS / "index.ipynb"]  # it is made from the index
+    index = ""
+    for caption, paths in parts.items():
+        index += "\n".join([f"## {caption}\n", *(f"- {link(p, NBS, title_of(p))}" for p in paths), "\n"])
+    for k, path in enumerate(order):
+        nb = load(path)
+        around = dict(contents=order[0], previous=order[max(k - 1, 0)], next=order[(k + 1) % len(order)])
+        links = " · ".join(link(p, path.parent, name) for name, p in around.items() if p != path)
+        nb.cells = [new_markdown_cell(links), *nb.cells, *([new_markdown_cell(index)] if k == 0 else [])]
+        nb.metadata["title"] = f"{title_of(path)} · SMART-IQA"
+        page = OfflinePage(partial(target_of, path=path, pages=pages))
+        html, _ = page.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})
+        if bad := UNKNOWN.search(html):
+            sys.exit(f"{path.relative_to(ROOT)}: formula not understood: {bad[0]}")
+        pages[path].parent.mkdir(parents=True, exist_ok=True)
+        pages[path].write_text(html, encoding="utf-8")
+    print(f"{len(order)} pages; open {out / 'index.html'}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    sys.exit(build(Path(sys.argv[1]).resolve()))
+    build(Path(sys.argv[1]).resolve())

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from .config import fingerprint
 from .splits import ImageSet, check_parts, settle
 from .images import grid_shape, pixels_or_reason
-from .files import cache_dir, locked, track
+from .files import cache_dir, locked, move, track, write_whole
 
 # %% ../nbs/06_crops.ipynb #0c793086
 _DECODING = 2  # raised whenever the same file decodes to other pixels, so that no old cache is used
@@ -112,12 +112,12 @@ def build_cache(
     with locked(path.with_suffix(".lock")):
         if not index_path.exists():                            # the index is written last
             if path.exists() and not part.exists():            # died between the last two steps
-                os.replace(path, part)
+                move(path, part)
             rows = _write_pixels(images, size, fit, part, journal, processes, progress)
             bad_path.write_text(json.dumps([r for r in rows if len(r) == 2]), encoding="utf-8")
-            pd.DataFrame([r for r in rows if len(r) == 4], columns=["image", "offset", "height", "width"]).to_csv(f"{index_path}.tmp", index=False)
-            os.replace(part, path)
-            os.replace(f"{index_path}.tmp", index_path)
+            index = pd.DataFrame([r for r in rows if len(r) == 4], columns=["image", "offset", "height", "width"])
+            move(part, path)
+            write_whole(index_path, index.to_csv(index=False))
             journal.unlink()
     index = pd.read_csv(index_path, dtype={"image": str}, keep_default_na=False)
     bad = settle([tuple(p) for p in json.loads(bad_path.read_text(encoding="utf-8"))], on_error, f"{images.name} in {images.root}")

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .config import Config, check_names, make_config
+from .config import Config, make_config
 from .crops import build_cache, crop_batches, grid_plan, normalise, random_plan
 from .demo import DEMO_NOTE, RENDERED
 from .files import cache_dir
-from .sets import FACTS, LOADERS, DataError
+from .sets import DataError, find_set, reader_of
 from smart_iqa.splits import (
     ImageSet, assign_splits, check_leaks, check_parts, duplicate_pairs, group_pairs, name_pairs, settle,
 )
@@ -83,12 +83,12 @@ def read_set(
     cfg: Config,  # dataset, root, labels ..., include, on_error
 ) -> ImageSet:    # the table may be empty; `split` as the labels have it, None where they say nothing
     "Labels and files of a set, checked against each other, before any picture is opened. DataError tells all that is wrong at once."
-    check_names([cfg.dataset], LOADERS, "dataset")
+    facts, read = find_set(cfg.dataset), reader_of(cfg.dataset)
     root = cache_dir(cfg.cache) / "demo" if cfg.dataset == "demo" and not cfg.root else Path(cfg.root or "").expanduser()
     if cfg.dataset != "demo" and not (cfg.root and root.is_dir()):
         raise DataError(f"{cfg.dataset}: root={cfg.root!r} is not a folder; give the folder of the image set with root=")
     where = f"{cfg.dataset} in {root}"
-    table, bad_labels = _to_table(_included(LOADERS[cfg.dataset](root, cfg), cfg.include, where), FACTS[cfg.dataset].scale)
+    table, bad_labels = _to_table(_included(read(root, cfg), cfg.include, where), facts.scale)
     files, missing = _find_files(root, list(table.image))
     skipped = settle(bad_labels + missing, cfg.on_error, where)
     keep = ~table.image.isin(skipped.image)

@@ -24,6 +24,7 @@ from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 from .config import check_names
+from .files import write_whole
 
 DEMO_NOTE = ("Rendered demo set: labels are a full-reference score (multi-scale SSIM), not opinions. "
              "Its numbers are no claim about people.")
@@ -147,12 +148,6 @@ def _pictures(photo: Photo, size: int, seed: int):
             yield dict(image=path, mos=mos, ref=photo.ref, distortion=name, level=level, split=photo.split), image
 
 # %% ../nbs/03_demo.ipynb #40fb1b44
-def _write(path: Path, data: bytes):
-    "Write a file whole or not at all."
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    tmp.write_bytes(data)
-    os.replace(tmp, path)
-
 def _read(root: Path, made: dict):
     "The table of a complete folder rendered as `made` says, else None."
     try:
@@ -179,10 +174,10 @@ def render_demo(
     rows = []
     for row, image in tqdm((x for p in PHOTOS for x in _pictures(p, size, seed)), total=n, desc="demo set", disable=not progress):
         image.save(buffer := io.BytesIO(), "PNG", compress_level=6)
-        _write(root / row["image"], buffer.getvalue())
+        write_whole(root / row["image"], buffer.getvalue())
         rows.append(row)
-    _write(root / "demo.json", json.dumps(made, indent=1).encode())
-    _write(root / "demo.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+    write_whole(root / "demo.json", json.dumps(made, indent=1).encode())
+    write_whole(root / "demo.csv", pd.DataFrame(rows).to_csv(index=False).encode())
     return _read(root, made)
 
 # %% ../nbs/03_demo.ipynb #ab77a3b0
@@ -249,14 +244,14 @@ def render_koniq(
     if to.exists() and any(to.iterdir()) and (not (to / RENDERED).exists() or json.loads((to / RENDERED).read_text(encoding="utf-8")) != made):
         raise ValueError(f"{to}: holds something else, or pictures of another seed or version: give an empty folder, or delete this one")
     (to / "1024x768").mkdir(parents=True, exist_ok=True)
-    _write(to / RENDERED, json.dumps(made, indent=1).encode())
+    write_whole(to / RENDERED, json.dumps(made, indent=1).encode())
     table = _koniq_table(n, seed)
     there = {e.name for e in os.scandir(to / "1024x768")}
     jobs = [(i, r) for i, r in enumerate(table.itertuples()) if r.image_name not in there]  # written whole: what is there is right
 
     def make(job):
         i, r = job
-        _write(to / "1024x768" / r.image_name, _koniq_picture(i, r.distortion, r.level, seed))
+        write_whole(to / "1024x768" / r.image_name, _koniq_picture(i, r.distortion, r.level, seed))
 
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for _ in tqdm(pool.map(make, jobs), total=len(jobs), desc="rendering", disable=not progress): pass
@@ -268,5 +263,5 @@ def render_koniq(
     common = pd.DataFrame(c.round(6), columns=[f"c{k}" for k in votes]).assign(c_total=100, MOS=table.score.clip(1, 100), SD=sd.round(6))
     common.insert(0, "image_name", table.image_name)
     for name, more in (("koniq10k_scores_and_distributions.csv", dict(MOS_zscore=table.score)), ("koniq10k_distributions_sets.csv", dict(set=table.set))):
-        _write(to / name, common.assign(**more).to_csv(index=False).encode())               # labels last: a folder that has both is whole
+        write_whole(to / name, common.assign(**more).to_csv(index=False).encode())               # labels last: a folder that has both is whole
     return table

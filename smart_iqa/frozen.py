@@ -7,7 +7,6 @@ __all__ = ['ALPHAS', 'weights_digest', 'compute_features', 'FrozenFeed', 'pooled
 
 # %% ../nbs/frozen.ipynb #c0ff1ae3
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import nn
 from .config import Config, fingerprint
 from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_plan, share
 from .devices import use_bf16
-from .files import cache_dir, locked, track
+from .files import cache_dir, locked, replacing, track
 from .metrics import srcc
 from .training import CropFeed, make_model, own_plan
 
@@ -38,8 +37,8 @@ def weights_digest(model: nn.Module) -> str:
 
 def _write_features(path: Path, batches, n_rows: int):
     "Write the rows of all batches to a .npy file, whole or not at all."
-    temporary, out, at = path.with_suffix(f".{os.getpid()}.tmp"), None, 0
-    try:
+    out, at = None, 0
+    with replacing(path) as temporary:
         for rows in batches:
             if out is None:
                 out = np.lib.format.open_memmap(temporary, "w+", np.float16, (n_rows, rows.shape[1]))
@@ -47,9 +46,6 @@ def _write_features(path: Path, batches, n_rows: int):
             at += len(rows)
         out.flush()
         out = None  # Windows renames no open file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/frozen.ipynb #e344b3c8
 @torch.inference_mode()
@@ -60,7 +56,7 @@ def compute_features(
     plan: Plan,             # one row per crop
     cfg: Config,            # crop, batch_size, workers, amp, cache
     device: torch.device,
-    kind: str,              # the name of what `extract` gives
+    kind: str,              # the name of what `extract` gives; its first word is shown
     progress: bool = False,
 ) -> np.ndarray:            # (len(plan), D) float16, a view of a mapped file
     "Compute the features of every crop of a plan, or find them in the cache."
@@ -72,7 +68,7 @@ def compute_features(
 
     def features():
         batches = crop_batches(cache, plan, cfg.crop, cfg.batch_size, cfg.workers)
-        for x, _ in track(batches, len(batches), f"{kind} features", progress):
+        for x, _ in track(batches, len(batches), f"{kind.split()[0]} features", progress):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 tensors = extract(normalise(x, device))
             yield torch.cat([t.float().flatten(1) for t in tensors], 1).cpu().numpy()
@@ -136,7 +132,7 @@ class FrozenFeed(CropFeed):
 def _pooled_features(feed: FrozenFeed, plan: Plan) -> np.ndarray:
     "What the head needs of every crop of a plan, flat."
     model = feed.model
-    kind = "multi-scale" if model.use_multiscale else "last-stage"
+    kind = "pooled " + " ".join(f"{stage}:{side}" for stage, side in model.head.needs)
 
     def extract(x):
         return model.pool(model.features(x))

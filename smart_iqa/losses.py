@@ -8,12 +8,15 @@ __all__ = ['OPINION_STD', 'LOSSES', 'l1', 'l2', 'smooth_l1', 'plcc_loss', 'srcc_
 
 # %% ../nbs/11_losses.ipynb #55a271a4
 import math
-from functools import lru_cache, partial
 from collections.abc import Callable
+from functools import lru_cache, partial
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from diffsort import DiffSortNet
+
+from .files import find_by_name
 
 # %% ../nbs/11_losses.ipynb #004a2552
 def _batch(
@@ -180,10 +183,8 @@ LOSSES = {"l1": l1, "l2": l2, "smooth_l1": smooth_l1, "plcc": plcc_loss, "rank":
 def _parse(
     spec: str,                    # such as "smooth_l1+20*plcc"
 ) -> list[tuple[float, str]]:     # [(1.0, "smooth_l1"), (20.0, "plcc")]
-    "Weights and names. ValueError for an unknown name or a weight that is not a positive number."
+    "Split a sum into weights and names. ValueError for a weight that is not a positive number."
     terms = [part.strip().rpartition("*") for part in spec.split("+")]
-    for weight, _, name in terms:
-        if name.strip() not in LOSSES: raise ValueError(f"unknown loss {name.strip()!r} in {spec!r}; known: {', '.join(LOSSES)}")
     try: terms = [(float(w) if star else 1.0, name.strip()) for w, star, name in terms]
     except ValueError: raise ValueError(f"cannot read the weights in {spec!r}; write it like 'smooth_l1+20*plcc'") from None
     if not all(0 < w < math.inf for w, _ in terms): raise ValueError(f"weights must be positive and finite: {spec!r}")
@@ -191,18 +192,21 @@ def _parse(
 
 # %% ../nbs/11_losses.ipynb #861e415a
 def _term(
-    name: str,     # key of `LOSSES`
+    name: str,     # a row of `LOSSES`, an entry point of smart_iqa.losses, or "package.module:name"
     legacy: bool,  # the published forms
 ) -> Callable:     # (pred, score, std) -> scalar
-    "The loss called `name`, with the signature all share."
-    if name == "fidelity": return partial(fidelity_loss, legacy=legacy)
-    f = partial(rank_loss, legacy=legacy) if name == "rank" else LOSSES[name]
-    if legacy and name == "srcc": f = plcc_loss
-    return lambda pred, score, std: f(pred, score)
+    "Find a loss and give it the signature that all share. ValueError for an unknown name."
+    f = find_by_name(name, LOSSES, "loss", "smart_iqa.losses")
+    if not callable(f):
+        raise ValueError(f"loss {name!r}: is {f!r}, no function of (pred, score)")
+    f = plcc_loss if legacy and name == "srcc" else f
+    takes = signature(f).parameters
+    f = partial(f, legacy=legacy) if "legacy" in takes else f
+    return f if "std" in takes else lambda pred, score, std: f(pred, score)
 
 # %% ../nbs/11_losses.ipynb #13a0f278
 def get_loss(
-    spec: str = "l1",      # a name of `LOSSES`, or a weighted sum such as "smooth_l1+20*plcc"
+    spec: str = "l1",      # a name, or a weighted sum such as "smooth_l1+20*plcc"
     alpha: float = 0.0,    # weight of the pairwise `ranking_hinge` added to it
     margin: float = 0.1,   # of that hinge, points
     legacy: bool = False,  # the published forms: rank with exchanged roles, fidelity on raw differences, srcc = plcc

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'READERS', 'IMAGE_COLUMNS', 'SCORE_COLUMNS', 'LIVE_PARTS', 'KONIQ_PAPER_LEAVES_OUT', 'LOADERS', 'SetFacts',
-           'facts_table', 'set_info', 'DataError', 'read_labels', 'read_table', 'read_csiq', 'read_tid2013',
-           'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_koniq', 'read_csv', 'read_demo']
+           'facts_table', 'find_set', 'set_info', 'DataError', 'read_labels', 'read_table', 'read_csiq', 'read_tid2013',
+           'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_koniq', 'read_csv', 'read_demo', 'reader_of']
 
 # %% ../nbs/04_sets.ipynb #0cad6abd
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,9 @@ import numpy as np
 import pandas as pd
 from scipy.io import loadmat
 
-from .config import Config, check_names
+from .config import Config
 from .demo import DEMO_NOTE, render_demo
+from .files import find_by_name
 
 # %% ../nbs/04_sets.ipynb #dcdef11c
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class SetFacts:
     reference: str = ""          # a pattern: its group in a picture's name tells the scene
     paper: str = ""              # NAME_test.json in NAME-test/ is the list of the SMART-IQA paper
     lists: tuple[tuple[float, float], ...] = ()  # scales, besides its own, on which lists of the set are handed on
+    read: Callable | None = None  # (root, cfg) -> table, for a set elsewhere; None: `LOADERS`, or a table with `columns`
 
 # %% ../nbs/04_sets.ipynb #8629eded
 _UT = "\"without written agreement and without license or royalty fees, to use, copy, modify, and distribute this database\", with its notice and acknowledged"
@@ -108,13 +111,22 @@ def facts_table() -> pd.DataFrame:  # kind, images, references, label, worst, be
     return table.astype({"images": "Int64", "references": "Int64"})
 
 
+def find_set(
+    name: str,     # a row of `FACTS`, an entry point of smart_iqa.sets, or "package.module:NAME"
+) -> SetFacts:
+    "Find the facts of a set by name. ValueError says what is known, or what is missing."
+    facts = find_by_name(name, FACTS, "dataset", "smart_iqa.sets")
+    if not isinstance(facts, SetFacts):
+        raise ValueError(f"dataset {name!r}: is {facts!r}, no SetFacts")
+    return facts
+
+
 def set_info(
-    name: str,  # a name from FACTS
+    name: str,  # a name that `find_set` knows
 ) -> str:
     "All that is known about one set, and how its folder should look, as lines of text. ValueError for an unknown name."
-    check_names([name], FACTS, "dataset")
-    f, empty = FACTS[name], ("", None, (), (".",))
-    shown = {n.name: getattr(f, n.name) for n in fields(f) if n.name not in ("columns", "reference", "lists")}
+    f, empty = find_set(name), ("", None, (), (".",))
+    shown = {n.name: getattr(f, n.name) for n in fields(f) if n.name not in ("columns", "reference", "lists", "read")}
     lines = (shown | dict(scale=f"{f.scale[0]:g} (worst) to {f.scale[1]:g} (best)", paper=f.paper and f"{f.paper}-test/{f.paper}_test.json")).items()
     lines = [(n, ", ".join(map(str, v)) if isinstance(v, tuple) else v) for n, v in lines if v not in empty]
     return "\n".join([name, *(f"  {n:<11}{v:,}" if isinstance(v, int) else f"  {n:<11}{v}" for n, v in lines)])
@@ -223,7 +235,7 @@ def _find(root: Path, *names: str) -> Path | None:
 
 def _lists(name: str) -> tuple[str, ...]:
     "Where the paper's list of a set may lie."
-    p = FACTS[name].paper
+    p = find_set(name).paper
     return tuple(f"{d}{p}_test.json" for d in ("", f"{p}-test/", f"{p}_test/", "metas/")) if p else ()
 
 
@@ -234,16 +246,16 @@ def _look_around(name: str, root: Path) -> str:
             return f"It has {path.relative_to(root)}, the labels of {other}: is it dataset={other!r}?"
     below = sorted(d for d in root.glob("*") if d.is_dir())[:100]
     for near, where in [(d, "one level down") for d in below] + [(root.resolve().parent, "one level up")]:
-        if _find(near, *FACTS[name].files, *_lists(name)[:1]):
+        if _find(near, *find_set(name).files, *_lists(name)[:1]):
             return f"The labels are {where}: use root={str(near)!r}"
-    return f"Give the folder as the set was unpacked; how to get it: {FACTS[name].get}"
+    return f"Give the folder as the set was unpacked; how to get it: {find_set(name).get}"
 
 
 def _label_file(name: str, root: Path, *names: str) -> Path:
     "A label file of the set (any one of `names`, or of its facts), or a DataError that says where it may be."
-    if path := _find(root, *(names or FACTS[name].files)):
+    if path := _find(root, *(names or find_set(name).files)):
         return path
-    raise DataError(f"{root}: is not the folder of {name}: it has none of {', '.join(names or FACTS[name].files + _lists(name)[:2])}. {_look_around(name, root)}")
+    raise DataError(f"{root}: is not the folder of {name}: it has none of {', '.join(names or find_set(name).files + _lists(name)[:2])}. {_look_around(name, root)}")
 
 # %% ../nbs/04_sets.ipynb #a4b63a4c
 def _listing(folder: Path, levels: int) -> dict[str, Path]:
@@ -276,7 +288,7 @@ def _place(root: Path, names: list[str], folders: tuple[str, ...]) -> list[str]:
 # %% ../nbs/04_sets.ipynb #79157d20
 def _assemble(name: str, root: Path, t: pd.DataFrame, path: Path, folders: tuple[str, ...] = ()) -> pd.DataFrame:
     "name, mos and perhaps std (label units), ref, split, scale -> the reader's table."
-    facts, names = FACTS[name], [Path(str(n).replace("\\", "/")).name for n in t.name]
+    facts, names = find_set(name), [Path(str(n).replace("\\", "/")).name for n in t.name]
     if facts.reference:
         refs = pd.Series(names, dtype=object).str.extract(facts.reference, flags=re.IGNORECASE)[0].str.lower()
         if len(bad := np.flatnonzero(refs.isna())):
@@ -305,7 +317,7 @@ def _paper_list(name: str, root: Path, split: str) -> Path | None:
     if split == "paper" and path is None:
         raise DataError(f"{root}: split='paper' needs the paper's list of {name}, {' or '.join(_lists(name))}; it is not here. "
                         "Copy it there, or use split='none' to test on the whole set")
-    return path if split == "paper" or not _find(root, *FACTS[name].files) else None
+    return path if split == "paper" or not _find(root, *find_set(name).files) else None
 
 
 def _read_list(name: str, root: Path, path: Path) -> pd.DataFrame:
@@ -313,7 +325,7 @@ def _read_list(name: str, root: Path, path: Path) -> pd.DataFrame:
     frame = read_labels(path)
     image, score = (next((c for c in usual if c in frame.columns), usual[k]) for usual, k in ((IMAGE_COLUMNS, 0), (SCORE_COLUMNS, 2)))
     t = _columns(frame, path, name=image, mos=score).assign(split="test")
-    scale = _scale_of(t.mos, FACTS[name].scale, *FACTS[name].lists)
+    scale = _scale_of(t.mos, find_set(name).scale, *find_set(name).lists)
     return _assemble(name, root, t.assign(scale=[scale] * len(t)), path, (path.parent.relative_to(root).as_posix(),))
 
 
@@ -326,7 +338,7 @@ def read_table(
     if path := _paper_list(name, root, cfg.split):
         return _read_list(name, root, path)
     path = _label_file(name, root)
-    frame, columns = read_labels(path), dict(FACTS[name].columns)
+    frame, columns = read_labels(path), dict(find_set(name).columns)
     keep = {ours: theirs for ours, theirs in columns.items() if ours in ("name", "mos") or theirs in frame.columns}
     return _assemble(name, root, _columns(frame, path, **keep), path)
 
@@ -501,5 +513,12 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
     return t[["image", "mos", "ref", "split"]]
 
 # %% ../nbs/04_sets.ipynb #02ee9771
-LOADERS = {"koniq-10k": read_koniq, **{n: partial(read_table, n) for n in ("spaq", "kadid-10k", "agiqa-3k")}, "live": read_live, "livec": read_livec,
-           "csiq": read_csiq, "tid2013": read_tid2013, "bid": read_bid, "biq2021": read_biq2021, "demo": read_demo, "csv": read_csv}
+LOADERS = {"koniq-10k": read_koniq, "live": read_live, "livec": read_livec, "csiq": read_csiq, "tid2013": read_tid2013,
+           "bid": read_bid, "biq2021": read_biq2021, "demo": read_demo, "csv": read_csv}  # of sets that are no table
+
+
+def reader_of(
+    name: str,   # a name that `find_set` knows
+) -> Callable:   # (root, cfg) -> table
+    "Find the function that reads a set's labels: its own, or `read_table`."
+    return find_set(name).read or LOADERS.get(name) or partial(read_table, name)

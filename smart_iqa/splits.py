@@ -21,7 +21,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from .config import Config, fingerprint
-from .files import cache_dir, track
+from .files import cache_dir, track, write_whole
 from .images import load_image
 from .sets import DataError, read_labels
 
@@ -148,8 +148,7 @@ def duplicate_pairs(
     memo = cache_dir(cfg.cache) / f"near-duplicates-{fingerprint([HASH_BITS, THUMB_CORRELATION, stats, scenes.tolist()])}.csv"
     if not memo.exists():
         pairs = find_near_duplicates(paths, scenes=scenes, progress=progress, sketches=sketches)
-        pairs.to_csv(temporary := f"{memo}.{os.getpid()}.tmp", index=False)
-        os.replace(temporary, memo)
+        write_whole(memo, pairs.to_csv(index=False))
     return pd.read_csv(memo)
 
 
@@ -226,9 +225,7 @@ def save_split(
     "Write the set's split as a file for `split=FILE`, in order of the images' names."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    found.table[["image", "split"]].sort_values("image").to_csv(temporary, index=False, lineterminator="\n")
-    os.replace(temporary, path)
+    write_whole(path, found.table[["image", "split"]].sort_values("image").to_csv(index=False, lineterminator="\n"))
     return path
 
 

@@ -9,7 +9,6 @@ __all__ = ['learning_rates', 'make_model', 'make_optimizer', 'targets', 'CropFee
 
 # %% ../nbs/13_training.ipynb #e7aa8d1e
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from .config import Config, seed_everything
 from .cpu import for_scoring
 from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan, share
 from .devices import Devices, keep_memory, learning_norms, note_environment, pick_device, use_bf16
-from .files import append_line, one_ahead, read_lines, track, write_lines
+from .files import append_line, move, one_ahead, read_lines, replacing, track, write_lines
 from .losses import get_loss
 from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
@@ -61,8 +60,7 @@ def make_model(
     arguments = dict(pretrained=cfg.pretrained, freeze_batchnorm=cfg.freeze_batchnorm)
     if cfg.method == "smart":
         arguments |= dict(model_size=cfg.model_size, backbone=cfg.backbone, use_multiscale=cfg.use_multiscale,
-                          use_attention=cfg.use_attention, drop_path=cfg.drop_path, dropout=cfg.dropout, head=cfg.head,
-                          afa=cfg.afa)
+                          use_attention=cfg.use_attention, drop_path=cfg.drop_path, dropout=cfg.dropout, head=cfg.head)
     model = build_model(cfg.method, **arguments)
     if cfg.init:
         start = load_checkpoint(cfg.init)
@@ -405,7 +403,7 @@ def _settle_checkpoint(solver: Solver):
     "Make the weights of the best epoch the checkpoint, and remove those that a killed attempt left unrecorded."
     for weights in solver.folder.glob(".best-*.safetensors") if solver.devices.main else ():
         if weights.name == f".best-{solver.state['best_epoch']}.safetensors":
-            os.replace(weights, solver.folder / "checkpoint.safetensors")
+            move(weights, solver.folder / "checkpoint.safetensors")
         else:
             weights.unlink()
 
@@ -442,21 +440,15 @@ def save_resume_point(solver: Solver):
     average = solver.average.state_dict() if solver.average else None
     point = dict(model=solver.model.state_dict(), optimizer=solver.optimizer.state_dict(), at=solver.state,
                  history=solver.history, random=random, average=average)
-    temporary = solver.folder / f".resume.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as f:
+        with replacing(solver.folder / "resume.pt") as temporary, open(temporary, "wb") as f:
             torch.save(point, f)
-            f.flush()
-            os.fsync(f.fileno())  # else a machine that loses power may keep the name and not the content
-        os.replace(temporary, solver.folder / "resume.pt")
     except RuntimeError as e:  # torch hides what the disk said
         if "inline_container" not in str(e):
             raise
         free = shutil.disk_usage(solver.folder).free / 1e6
         raise OSError(f"{solver.folder / 'resume.pt'} could not be written; {free:.0f} MB are free: "
                       "No space left on device?") from None
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
 
 # %% ../nbs/13_training.ipynb #099a065e
 def _restore(solver: Solver, point: dict):

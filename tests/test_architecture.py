@@ -20,7 +20,7 @@ from smart_iqa.model import HyperIQA, SmartIQA
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
 SWIN = dict(tiny=(96, 192, 384, 768), small=(96, 192, 384, 768), base=(128, 256, 512, 1024))
 VARIANTS = dict(single=dict(use_attention=False, use_multiscale=False), concat=dict(use_attention=False), attention={}, plain=dict(head="plain"),
-                projected=dict(afa="projected"), projected_concat=dict(afa="projected", use_attention=False))
+                projected=dict(head="projected"), projected_concat=dict(head="projected", use_attention=False))
 BLOCKS = {"backbone", "lda", "gate", "afa", "hyper", "target"}
 TARGET = [(112, 224), (56, 112), (28, 56), (14, 28), (1, 14)]
 GENERATED = 224 * 112 + 112 + 112 * 56 + 56 + 56 * 28 + 28 + 28 * 14 + 14 + 14 * 1 + 1
@@ -82,7 +82,7 @@ def test_blocks_add_up(variant):
 def test_generated_is_what_differs():
     """Read from the memory of the tensors, and checked by values: a generated number differs between two crops, a learned one does not."""
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for arguments, want in (({}, GENERATED), (dict(head="plain"), 112), (dict(afa="projected"), 128 * 8 + 128 + 128 + 1)):
+    for arguments, want in (({}, GENERATED), (dict(head="plain"), 112), (dict(head="projected"), 128 * 8 + 128 + 128 + 1)):
         torch.manual_seed(0)
         model = small(**arguments).eval()
         with watch(model) as seen, torch.no_grad():

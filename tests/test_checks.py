@@ -526,8 +526,8 @@ def test_interrupted_fetch_goes_on(repository, tmp_path, monkeypatch):
 def test_killed_fetch_goes_on(repository, tmp_path):
     """kill -9 of a fetch in another process, and of the git that it runs; then the same again."""
     to, part = tmp_path / "mine", tmp_path / "mine.part"
-    code = (f"from smart_iqa.checks import *; from smart_iqa import checks; from dataclasses import replace\n"
-            f"checks.FACTS['biq2021'] = replace(checks.FACTS['biq2021'], images=26)\n"
+    code = (f"from smart_iqa.checks import *; from smart_iqa.sets import FACTS; from dataclasses import replace\n"
+            f"FACTS['biq2021'] = replace(FACTS['biq2021'], images=26)\n"
             f"fetch_set('biq2021', {str(to)!r}, {repository.as_uri()!r}, batch=1)")
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     end = time.time() + 60

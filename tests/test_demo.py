@@ -74,7 +74,7 @@ def test_a_finished_run_is_skipped(demo, cache):
     record = next(demo[1].glob("demo/*/record.json"))
     before = record.stat().st_mtime_ns
     again = subprocess.run([*COMMAND, "demo", "--out", str(demo[1])], capture_output=True, text=True, timeout=300, env={**os.environ, "SMART_IQA_CACHE": cache})
-    assert again.returncode == 0 and "finished before" in again.stdout and record.stat().st_mtime_ns == before
+    assert again.returncode == 0 and "already finished" in again.stdout and record.stat().st_mtime_ns == before
 
 
 def test_evaluate_reproduces_the_run(demo, cache, tmp_path):
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
     assert (killed / "resume.pt").exists() and not (killed / "record.json").exists(), "the kill came too late to test anything"
     time.sleep(3)  # an orphaned kernel notices within a second that its parent is gone
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and "going on" in again.stdout, again.stderr
+    assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
     a, b = (load_file(f / "checkpoint.safetensors") for f in (whole, killed))
     assert all((a[k] == b[k]).all() for k in a)
     pd.testing.assert_frame_equal(read_run(whole)["predictions"], read_run(killed)["predictions"])

@@ -1,7 +1,5 @@
-"""What leaves the package: hub folders, ONNX files and the panel. Numbers stay the model's, and what is hostile becomes a sentence."""
-import datetime
-import html
-import io
+"""What leaves the package: hub folders, ONNX files and figures. Numbers stay the model's."""
+
 import json
 import os
 import subprocess
@@ -13,7 +11,6 @@ import pytest
 import torch
 from conftest import picture
 from huggingface_hub import ModelCard, constants
-from PIL import Image
 
 from smart_iqa import create_scorer
 from smart_iqa.app.export import (
@@ -26,9 +23,7 @@ from smart_iqa.app.export import (
     quantise_onnx,
     save_pretrained,
 )
-from smart_iqa.app.intervals import Calibration
-from smart_iqa.app.panel import ScorePanel, quality_figure
-from smart_iqa.app.scoring import Policy, Scorer, cut
+from smart_iqa.app.scoring import Calibration, Policy, Scorer, cut, quality_figure
 from smart_iqa.crops import normalise
 from smart_iqa.demo import photograph
 from smart_iqa.model import CheckpointError, SmartIQA
@@ -42,13 +37,19 @@ def needs_onnx():
 
 
 def toy(**arguments) -> Scorer:
-    """A small network, taught for some steps to see noise: an untrained one gives nearly the same score to every crop, and hides every fault."""
+    """A small network, taught to see noise: an untrained one scores every crop alike, and hides every fault."""
     torch.manual_seed(0)
     model = SmartIQA(backbone="test_efficientnet", dropout=0.0, **arguments)
-    for layer in getattr(model.hyper, "layers", []):
-        torch.nn.init.xavier_normal_(layer.weight, gain=4)  # torch's own start is nearly flat through five sigmoids, for longer than this
+    for layer in getattr(model.head.hyper, "layers", []):
+        torch.nn.init.xavier_normal_(
+            layer.weight, gain=4
+        )  # torch's own start is nearly flat through five sigmoids, for longer than this
     policy, levels = Policy(110, "short", 96, 6), np.linspace(0, 90, 12)
-    crops = normalise(torch.from_numpy(np.concatenate([cut(picture(k, noise=n), policy)[:2] for k, n in enumerate(levels)])).permute(0, 3, 1, 2))
+    crops = normalise(
+        torch.from_numpy(np.concatenate([cut(picture(k, noise=n), policy)[:2] for k, n in enumerate(levels)])).permute(
+            0, 3, 1, 2
+        )
+    )
     target = torch.from_numpy(np.repeat(95 - levels, 2)).float()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     model.shift_scores(50)
@@ -56,12 +57,19 @@ def toy(**arguments) -> Scorer:
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(model.train()(crops), target).backward()
         optimizer.step()
-    return Scorer(model, policy, Calibration((1.0, 0.5, 2.0), tuple(np.linspace(-2, 2, 99))), INFO, device="cpu", amp="off")
+    return Scorer(
+        model, policy, Calibration((1.0, 0.5, 2.0), tuple(np.linspace(-2, 2, 99))), INFO, device="cpu", amp="off"
+    )
 
 
 @pytest.fixture(scope="module")
 def photos():
-    return [picture(0, 150, 130), picture(3, 240, 130, 60.0), photograph("coffee").resize((180, 120)), photograph("camera").resize((130, 130))]
+    return [
+        picture(0, 150, 130),
+        picture(3, 240, 130, 60.0),
+        photograph("coffee").resize((180, 120)),
+        photograph("camera").resize((130, 130)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +98,14 @@ def packaged_file(packaged, tmp_path_factory):
 
 def session(path):
     import onnxruntime
+
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-# -- ONNX ----------------------------------------------------------------------------------------------------------------
+# -- ONNX ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("batch", [1, 3, 20])
 def test_packaged_model_equals_torch(packaged, packaged_file, batch):
-    """The file in plain onnxruntime against the unfolded model in plain torch, on photographs and on random bytes: 1e-4 points."""
+    """The file in plain onnxruntime against the unfolded model in plain torch: 1e-4 points."""
     side = packaged.policy.crop
     real = np.concatenate([cut(photograph(n), packaged.policy)[::2] for n in ("coffee", "rocket")])[:batch]
     noise = np.random.default_rng(batch).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
@@ -113,7 +122,12 @@ def test_batch_is_free(small, small_file, photos):
     """Sizes that were never traced; and a crop's score does not depend on its neighbours."""
     run = session(small_file)
     (crops,) = run.get_inputs()
-    assert crops.name == "crops" and crops.type == "tensor(uint8)" and isinstance(crops.shape[0], str) and crops.shape[1:] == [96, 96, 3]
+    assert (
+        crops.name == "crops"
+        and crops.type == "tensor(uint8)"
+        and isinstance(crops.shape[0], str)
+        and crops.shape[1:] == [96, 96, 3]
+    )
     x = np.concatenate([cut(p, small.policy)[:2] for p in photos])[:7]
     alone = np.concatenate([run.run(["score"], {"crops": x[k : k + 1]})[0] for k in range(7)])
     assert alone.std() > 1  # else the next line could not fail
@@ -121,7 +135,11 @@ def test_batch_is_free(small, small_file, photos):
         assert np.abs(run.run(["score"], {"crops": x[:n]})[0] - alone[:n]).max() < 1e-4
 
 
-@pytest.mark.parametrize("arguments", [dict(head="plain"), dict(use_attention=False), dict(use_attention=False, use_multiscale=False)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [dict(head="plain"), dict(use_attention=False), dict(use_attention=False, use_multiscale=False)],
+    ids=str,
+)
 def test_every_kind_of_head(arguments, tmp_path, photos):
     needs_onnx()
     scorer = toy(**arguments)
@@ -133,10 +151,13 @@ def test_every_kind_of_head(arguments, tmp_path, photos):
 
 
 def test_file_says_what_it_is(small, small_file, tmp_path):
-    """Policy, calibration, normalisation and card in the metadata; nothing of the machine that wrote it; the same file every time."""
+    """Policy, calibration, normalisation and card in the metadata; no trace of the machine; one file every time."""
     told = {k: json.loads(v) for k, v in session(small_file).get_modelmeta().custom_metadata_map.items()}
     assert Policy(**told["policy"]) == small.policy and told["info"] == INFO and told["precision"] == "float32"
-    assert told["calibration"]["residuals"] == list(small.calibration.residuals) and len(told["normalisation"]["mean"]) == 3
+    assert (
+        told["calibration"]["residuals"] == list(small.calibration.residuals)
+        and len(told["normalisation"]["mean"]) == 3
+    )
     raw = small_file.read_bytes()
     assert not any(word in raw for word in (b"site-packages", os.getcwd().encode()))
     export_onnx(small, tmp_path / "again.onnx")
@@ -148,7 +169,7 @@ def test_wrong_numbers_are_not_kept(small, small_file, tmp_path):
     import onnx
 
     proto = onnx.load(small_file)
-    weight = next(i for i in proto.graph.initializer if i.name.startswith("model.hyper") and len(i.dims) == 4)
+    weight = next(i for i in proto.graph.initializer if i.name.startswith("model.head.hyper") and len(i.dims) == 4)
     changed = onnx.numpy_helper.to_array(weight) * 1.01
     weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
     onnx.save(proto, tmp_path / "changed.onnx")
@@ -215,7 +236,7 @@ def test_missing_package_says_what_to_install(small, tmp_path, monkeypatch, pack
         export_onnx(small, tmp_path / "x.onnx")
 
 
-# -- the folder for the hub ---------------------------------------------------------------------------------------------
+# -- the folder for the hub ------------------------------------------------------------------------
 def test_folder_gives_identical_scores(small, photos, tmp_path):
     folder = small.save_pretrained(tmp_path / "a" / "b")
     again = create_scorer(folder, device="cpu", amp="off")
@@ -231,11 +252,15 @@ def test_card(small, packaged, tmp_path):
     """The hub's own parser reads it, and it says what the scorer knows."""
     for scorer, name in ((small, "toy"), (packaged, packaged.info["name"])):
         card = ModelCard(model_card(scorer))
-        assert card.data.library_name == "smart-iqa" and card.data.license and "image-quality-assessment" in card.data.tags
+        assert (
+            card.data.library_name == "smart-iqa" and card.data.license and "image-quality-assessment" in card.data.tags
+        )
         assert f"# {name}\n" in card.text and f"{scorer.policy.size} pixels" in card.text
     toys = ModelCard(model_card(small))
     assert toys.data.license == "mit" and toys.data.datasets == ["toys"] and "99 calibration pictures" in toys.text
-    hostile = dict(name="a\n---\nlicense: mit", licence="ask: us\n---", trained_on="<script>, a set with spaces", note="x | y\n| z")
+    hostile = dict(
+        name="a\n---\nlicense: mit", licence="ask: us\n---", trained_on="<script>, a set with spaces", note="x | y\n| z"
+    )
     unknown = Scorer(small.model, small.policy, None, hostile, "cpu", "off")
     card = ModelCard(model_card(unknown))
     assert card.data.license == "other" and card.data.license_name.startswith("ask: us") and not card.data.datasets
@@ -252,18 +277,24 @@ def test_own_readme_is_kept(small, tmp_path):
 
 
 def test_offline_hub_id_is_a_clear_and_quick_error():
-    """In a fresh process: importing asks for no optional package; an id that is not cached ends in one sentence within seconds."""
+    """Importing asks for no optional package; an id that is not cached ends in one sentence within seconds."""
     code = """
 import sys, time
-import smart_iqa.app.export, smart_iqa.app.panel
-assert not {"onnx", "onnxruntime", "onnxscript", "openvino", "ipywidgets"} & set(sys.modules), "imported"
+import smart_iqa.app.export, smart_iqa.app.folders
+assert not {"onnx", "onnxruntime", "onnxscript", "openvino"} & set(sys.modules), "imported"
 start = time.time()
 try:
     smart_iqa.create_scorer("nobody/no-such-model")
 except Exception as e:
     print(type(e).__name__, round(time.time() - start, 1), e, sep="|")
 """
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | dict(HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stderr
     kind, seconds, message = done.stdout.strip().split("|")
     assert kind == "WeightsError" and float(seconds) < 15
@@ -285,83 +316,24 @@ def test_hub_id_that_is_cached(small, photos, tmp_path, monkeypatch):
 def _cached(folder):
     """hf_hub_download with another cache folder: its default was read when it was imported."""
     from huggingface_hub import hf_hub_download
+
     return lambda *args, **kw: hf_hub_download(*args, cache_dir=folder, **kw)
 
 
-# -- the panel ------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def panel(small):
-    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install ipywidgets")
-    return ScorePanel(small)
-
-
-def encoded(img, kind="PNG", **kw) -> bytes:
-    img.save(buffer := io.BytesIO(), kind, **kw)
-    return buffer.getvalue()
-
-
-def says(panel) -> str:
-    """What a browser shows of the panel's sentence."""
-    return html.unescape(panel.text.value.split(">", 1)[1].rsplit("<", 1)[0])
-
-
-def test_panel_shows_a_picture(panel, small, photos):
-    score = panel.show(encoded(photos[0]), "a & b.png")
-    assert score == small.details([photos[0]])[0]
-    assert says(panel) == f"a & b.png: {score.score:.0f} of 100, 90 % interval {score.low:.0f} to {score.high:.0f}"
-    assert Image.open(io.BytesIO(panel.figure.value)).size[0] > 400 and panel.figure.layout.display == "block"
-
-
-def test_panel_takes_uploads(panel, photos):
-    """As the browser hands them over; the same file twice, too."""
-    for _ in range(2):
-        panel.text.value = ""
-        data = memoryview(encoded(photos[1]))
-        panel.upload.value = ({"name": "up.png", "type": "image/png", "size": len(data), "content": data, "last_modified": datetime.datetime(2020, 1, 1)},)
-        assert says(panel).startswith("up.png:") and panel.upload.value == ()
-
-
-HOSTILE = {
-    "empty.jpg": b"", "text.jpg": b"Traceback (most recent call last)", "noise.png": bytes(range(256)) * 9, "page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-    "head.png": b"\x89PNG\r\n\x1a\n" + bytes(50), "half.jpg": encoded(Image.effect_noise((300, 300), 90).convert("RGB"), "JPEG")[:4000],
-    "bomb.png": encoded(Image.new("1", (20000, 20000))), "../../../etc/passwd": b"root:x:0:0",
-    "<img src=x onerror=alert(1)>": b"x", "</span><script>alert(1)</script>" + "y" * 5000: b"x", "nul\0.png": b"x",
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE, ids=lambda n: repr(n[:20]))
-def test_panel_and_hostile_bytes(panel, photos, name):
-    """A sentence with the name that the user knows; no traceback, no markup, and not the picture of before."""
-    panel.show(encoded(photos[0]))
-    assert panel.show(HOSTILE[name], name) is None
-    assert name[:20] in says(panel) and any(word in says(panel) for word in ("cannot", "too many pixels", "yyyyy"))
-    assert panel.text.value.count("<") == 2 and "tmp" not in says(panel) and panel.figure.layout.display == "none"
-    assert panel.show(encoded(photos[0])) is not None and panel.figure.layout.display == "block"  # and goes on
-
-
-def test_panel_when_the_model_fails(panel, photos, monkeypatch):
-    def fail(pictures):
-        raise RuntimeError("out of <memory>")
-    monkeypatch.setattr(panel.scorer, "details", fail)
-    assert panel.show(encoded(photos[0]), "x.png") is None
-    assert says(panel) == "x.png: cannot be scored (RuntimeError: out of <memory>)"
-
-
-def test_panel_without_gate_calibration_or_ipywidgets(photos, monkeypatch):
+# -- one picture, all of it ------------------------------------------------------------------------
+def test_figure_without_gate_or_calibration(photos):
+    """Picture, map and colour bar, and a title that says that there is no interval."""
     plain = toy(use_attention=False)
     plain.calibration = None
-    assert len(quality_figure(plain, photos[0]).axes) == 3  # picture, map, colour bar
-    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install ipywidgets")
-    panel = ScorePanel(plain)
-    assert panel.show(encoded(photos[0])) and "no interval" in says(panel)
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(ImportError, match="pip install ipywidgets"):
-        ScorePanel(plain)
+    axes = quality_figure(plain, photos[0]).axes
+    assert len(axes) == 3
+    assert "no interval" in axes[0].get_title(loc="left")
 
 
 def test_no_widget_state_in_the_notebook():
     """GitHub shows stored widgets as blanks."""
-    nb = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "app" / "panel.ipynb").read_text(encoding="utf-8"))
+    tutorials = Path(__file__).resolve().parent.parent / "nbs" / "tutorials"
+    nb = json.loads((tutorials / "look_at_a_photo.ipynb").read_text(encoding="utf-8"))
     assert "widgets" not in nb["metadata"]
     kinds = {kind for c in nb["cells"] for o in c.get("outputs", []) for kind in o.get("data", {})}
     assert "application/vnd.jupyter.widget-view+json" not in kinds and kinds & {"image/png", "image/jpeg"}

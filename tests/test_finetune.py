@@ -68,7 +68,7 @@ def test_finetuned_model_scores(tuned, mine):
 
 def test_finetune_again_is_finished(tuned, mine, start, capsys):
     main(finetune_words(mine, start, tuned.parent.parent))
-    assert "finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, said", [

@@ -47,7 +47,7 @@ def test_golden(name, tmp_path):
     with torch.no_grad():
         pooled = model.pool(model.features(x))
         score = model.head(pooled)
-        vector = model.lda(pooled[:4])
+        vector = model.head.lda(pooled[:4])
     np.testing.assert_allclose(score.numpy(), expected["score"], atol=1e-4)
     np.testing.assert_allclose(vector[:, :4].numpy(), expected["target_in_vec_head"], atol=1e-4)
     if expected["attention"]:
@@ -74,4 +74,4 @@ def test_published_keys_load_into_a_model_by_hand():
     model = SmartIQA(model_size="tiny", use_attention=True)
     state = published_state("tiny-attention", 1)
     model.load_state_dict(state)
-    assert torch.equal(model.gate.net[0].weight, state["multiscale_attention.attention_net.0.weight"])
+    assert torch.equal(model.head.gate.net[0].weight, state["multiscale_attention.attention_net.0.weight"])

@@ -367,7 +367,7 @@ def test_switches_change_the_parameters(name):
     with torch.device("cpu"):
         model = HyperIQA() if name == "hyperiqa" else SmartIQA(size, **SWITCHES[variant])
     assert sum(p.numel() for p in model.parameters()) == GOLDEN[name]["parameters"]
-    assert (model.gate is None) == (variant != "attention")
+    assert (model.head.gate is None) == (variant != "attention")
 
 
 def test_attention_needs_stages():
@@ -380,7 +380,7 @@ def test_attention_reaches_the_score(trained):
     x, _ = next(iter(trained.feed.train_batches(0)))
     with torch.inference_mode():
         before = trained.model.eval()(x)
-        bias = trained.model.gate.net[3].bias
+        bias = trained.model.head.gate.net[3].bias
         kept = bias.clone()
         bias += torch.tensor([3.0, 0, 0, 0])
         after = trained.model(x)

@@ -15,13 +15,20 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "lab", "app", "results")
+
+
+def name_of(path: Path) -> str:
+    """Name a notebook by its folder and stem: lab/runs."""
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
+FOLDERS = ("", "lab", "app", "tutorials", "results")
 LIBRARY = [p for folder in FOLDERS for p in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
-SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
+SOURCE = {name_of(p): nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
     """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its temporary files go with it."""
     monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path / "cache"))
@@ -65,24 +72,14 @@ def test_notebook_is_clean(name):
             assert not (cell.source.startswith("#| export") and re.search(r"import \*", cell.source))
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_experiment_parameters(path):
     """Papermill sees one parameters cell, all of its names, and every experiment can be told where to put its record."""
-    tagged = [c for c in SOURCE[path.stem].cells if "parameters" in c.metadata.get("tags", [])]
+    tagged = [c for c in SOURCE[name_of(path)].cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
     written = re.findall(r"^(\w+)\s*=", tagged[0].source, re.M)
     assert list(papermill.inspect_notebook(str(path))) == written
     assert {"out", "batch", "name", "folder"} <= set(written)
-
-
-def test_train_has_every_parameter_of_config():
-    """One flat list: the parameters cell of the train notebook and Config have the same names."""
-    from dataclasses import fields
-
-    from smart_iqa.config import Config as RunConfig
-
-    known = papermill.inspect_notebook(str(ROOT / "nbs" / "experiments" / "train.ipynb"))
-    assert set(known) - {"out", "batch", "name", "folder"} == {f.name for f in fields(RunConfig)}
 
 
 def test_readme_is_made_from_the_index():

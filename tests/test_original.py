@@ -1,7 +1,5 @@
-"""Published commands, calls, checkpoints and folders: each of the two READMEs' lines has its counterpart, and the snippets run as printed."""
+"""Published calls, checkpoints and folders: the snippets of the two READMEs run as printed."""
 
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,204 +9,10 @@ import torch
 from conftest import picture
 
 import smart_iqa.data
-from smart_iqa.cli import parse_parameters
-from smart_iqa.config import Config, make_config
 from smart_iqa.data import DataLoader, index_names
-from smart_iqa.lab.runs import parameters_of
 from smart_iqa.model import SmartIQA, load_checkpoint, native_name
-from smart_iqa.original import FLAGS, TOOLS, translate
 
-TRAIN, CROSS = (
-    "python scripts/train_smart_iqa.py",
-    "python scripts/test_cross_dataset.py --checkpoint checkpoints/best_model.pth --model_size base --use_attention",
-)
-# every command of the README and of the project summary that runs a script, and what it must become (None: any value)
-COMMANDS = {
-    "python train_swin.py --dataset koniq-10k --model_size base --batch_size 32 --epochs 30 --patience 7 --train_patch_num 20 "
-    "--test_patch_num 20 --ranking_loss_alpha 0.5 "
-    "--use_attention --lr 5e-6 --weight_decay 2e-4 --drop_path_rate 0.3 --dropout_rate 0.4 --lr_scheduler cosine --test_random_crop --no_spaq": dict(
-        dataset="koniq-10k",
-        model_size="base",
-        batch_size=32,
-        epochs=30,
-        patience=7,
-        train_crops=20,
-        test_crops=20,
-        val_crops=20,
-        alpha=0.5,
-        use_attention=True,
-        lr=5e-6,
-        weight_decay=2e-4,
-        drop_path=0.3,
-        dropout=0.4,
-        schedule="cosine",
-        test_positions="random",
-    ),
-    TRAIN: dict(
-        dataset="koniq-10k",
-        model_size="base",
-        use_attention=True,
-        lr=5e-7,
-        batch_size=32,
-        epochs=10,
-        weight_decay=2e-4,
-        train_crops=20,
-        test_crops=20,
-        alpha=0.0,
-        color_jitter=0.0,
-        split="paper",
-    ),
-    f"cd /root/Perceptual-IQA-CS3324 && {TRAIN}": dict(lr=5e-7),
-    f"{TRAIN} --model_size tiny --drop_path_rate 0.2 --dropout_rate 0.3": dict(model_size="tiny", drop_path=0.2, dropout=0.3),
-    f"{TRAIN} --model_size small --drop_path_rate 0.25 --dropout_rate 0.35": dict(model_size="small", drop_path=0.25, dropout=0.35),
-    f"{TRAIN}  # All defaults": dict(epochs=10),
-    f"{TRAIN} --dataset live": dict(dataset="live", split="random"),
-    f"{TRAIN} --lr 1e-6": dict(lr=1e-6),
-    f"{TRAIN} --ranking_loss_alpha 0.3": dict(alpha=0.3),
-    f"{TRAIN} --epochs 20": dict(epochs=20),
-    f"{TRAIN} --model_size base --use_attention --epochs 50 --lr 5e-7": dict(epochs=50, lr=5e-7, use_attention=True),
-    f"{TRAIN} --model_size base": dict(model_size="base"),
-    f"{TRAIN} --model_size base --use_attention": dict(use_attention=True),
-    f"{TRAIN} --model_size $size --use_attention": dict(use_attention=True),
-    "python scripts/train_hyperiqa.py \\\n    --dataset koniq-10k \\\n    --koniq_path ./koniq-10k \\\n    --test_only \\\n"
-    "    --resume checkpoints/best_model.pth": "evaluate",
-    "python scripts/train_hyperiqa.py --dataset koniq-10k": dict(
-        method="hyperiqa", optimizer="adam", lr=2e-5, batch_size=96, epochs=16, train_crops=25, dataset="koniq-10k"
-    ),
-    CROSS: "cross_dataset",
-    CROSS.replace(" --", " \\\n    --"): "cross_dataset",
-    "bash run_cross_dataset_test.sh": "cross_dataset",
-    "python train_test_IQA.py": dict(method="hyperiqa", dataset="livec", split="random", batch_size=96, weight_decay=5e-4),
-    **dict.fromkeys(
-        (
-            "python complexity/quick_test.py",
-            "python complexity/compute_complexity.py",
-            "python run_all_complexity.py",
-            "python generate_complexity_table.py",
-        ),
-        "complexity",
-    ),
-    **dict.fromkeys(
-        (
-            "python tools/visualization/visualize_attention.py --checkpoint checkpoints/best_model.pth --model_size base",
-            "python tools/visualization/create_attention_comparison.py",
-            "python tools/paper_figures/generate_error_plot.py",
-        ),
-        "evaluate",
-    ),
-    **dict.fromkeys(("python tools/paper_figures/generate_ablation.py", "python tools/paper_figures/generate_all_figures.py"), "study"),
-    "python tools/paper_figures/generate_feature_heatmaps.py": "score",
-}
-
-
-@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: " ".join(line.split()[1:4]))
-def test_every_published_command(line):
-    """It becomes a command that our notebooks take, every value of it is one we accept, and nothing is unknown."""
-    told, wanted = translate(line), COMMANDS[line]
-    assert told.unknown == ()
-    command = told.command.split("do ")[-1].removesuffix("; done")
-    words = shlex.split(command.replace("$k", "7"))
-    if wanted == "score":
-        assert words[:2] == ["smart-iqa", "score"]
-        return
-    assert words[:2] == ["smart-iqa", "run"]
-    given, known = parse_parameters(words[3:]), parameters_of(words[2])
-    assert set(given) <= set(known)
-    if isinstance(wanted, str):
-        assert words[2] == wanted
-        return
-    assert words[2] == "train"
-    cfg = make_config(**{k: v for k, v in given.items() if not str(v).startswith("$")})
-    assert {k: getattr(cfg, k) for k in wanted} == wanted
-
-
-def test_evaluation_and_cross_test_keep_what_was_said():
-    """The checkpoint, folders, crops and sets of the published tests are in ours."""
-    told = translate(next(k for k in COMMANDS if "--test_only" in k))
-    assert parse_parameters(shlex.split(told.command)[3:]) == dict(
-        checkpoint="checkpoints/best_model.pth", dataset="koniq-10k", root="./koniq-10k", split="paper"
-    )
-    assert any("--koniq_path" in n and "unknown to the script" in n for n in told.notes)
-    given = parse_parameters(
-        shlex.split(translate(CROSS + " --datasets spaq kadid --test_patch_num 5 --test_random_crop --base_dir data").command)[3:]
-    )
-    assert given["checkpoints"] == {"best_model": "checkpoints/best_model.pth"} and given["test"] == dict(test_crops=5, test_positions="random")
-    assert given["sets"] == {
-        "spaq": dict(dataset="spaq", root="data/spaq-test", split="paper"),
-        "kadid-10k": dict(dataset="kadid-10k", root="data/kadid-test", split="paper"),
-    }
-    assert set(parse_parameters(shlex.split(translate(CROSS).command)[3:])["sets"]) == {"koniq-10k", "spaq", "kadid-10k", "agiqa-3k"}
-
-
-def test_flags_that_did_not_do_what_they_said_are_told():
-    """Each such flag has a word about it, and its effect here is real: the parameter changes."""
-    for flag, word in (
-        ("--attention_fusion", "use_attention=false"),
-        ("--test_random_crop", "grid"),
-        ("--use_color_jitter", "hue"),
-        ("--test_spaq", "could not run"),
-        ("--loss_type srcc", "Pearson"),
-        ("--lr_scheduler step", "lost"),
-        ("--patience 3", "test set"),
-        ("--train_test_num 1", "split_seed"),
-    ):
-        assert any(word in n for n in translate(f"{TRAIN} {flag}").notes), flag
-    for flag, (name, value) in {
-        "--no_multiscale": ("use_multiscale", False),
-        "--test_random_crop": ("test_positions", "random"),
-        "--use_color_jitter": ("color_jitter", 0.1),
-        "--no_early_stopping": ("patience", 0),
-        "--no_lr_scheduler": ("schedule", "constant"),
-        "--loss_type srcc": ("loss", "plcc"),
-        "--loss_type pairwise": ("loss", "fidelity"),
-        "--lr_scheduler none": ("schedule", "constant"),
-        "--lr_ratio 5": ("head_lr_ratio", 5.0),
-        "--patch_size 256": ("crop", 256),
-        "--test_patch_num 5": ("val_crops", 5),
-        "--ranking_loss_margin 0.3": ("margin", 0.3),
-    }.items():
-        p = translate(f"{TRAIN} {flag}").parameters
-        assert p[name] == value and getattr(make_config(**{k: v for k, v in p.items()}), name) == value, flag
-    assert translate(f"{TRAIN} --no_multiscale").parameters["use_attention"] is False  # else our model refuses
-    assert any("error" in n for n in translate("python scripts/train_hyperiqa.py --dataset koniq-10k").notes)
-
-
-def test_rounds_become_runs():
-    """Ten random splits are ten runs that differ in their split; on KonIQ, whose split is fixed, in their seed."""
-    assert (
-        "for k in $(seq 10)" in translate("train_test_IQA.py --dataset csiq").command
-        and "split_seed=$k" in translate("train_test_IQA.py --dataset csiq").command
-    )
-    assert re.search(r"seq 3\).* seed=\$k", translate(f"{TRAIN} --train_test_num 3").command)
-    assert "for " not in translate(f"{TRAIN} --dataset live --train_test_num 1").command
-
-
-def test_unknown_and_wrong_words():
-    """What nobody knows is named and left out; what could be misread is an error."""
-    told = translate(f"{TRAIN} --fast --gpu 0 --lr 1e-6 extra")
-    assert told.unknown == ("--fast", "--gpu 0", "extra")
-    assert told.parameters["lr"] == 1e-6 and "--gpu 0" in str(told) and "--gpu" not in told.command
-    for line, word in (
-        ("python setup.py", "no published script"),
-        (f"{TRAIN} --lr", "needs a value"),
-        (f"{TRAIN} --attention_fusion False", "use_attention"),
-        (f"{TRAIN} --lr fast", "lr"),
-        (CROSS + " --datasets spak", "spaq"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            translate(line)
-
-
-def test_flags_lead_to_parameters_that_exist():
-    """No flag is translated to a name that no notebook has."""
-    assert {f.ours for f in FLAGS.values()} - {None} <= set(Config.__dataclass_fields__) | {"checkpoint"}
-    for command, _ in TOOLS.values():
-        words = shlex.split(command)
-        if words[1] == "run":
-            assert set(parse_parameters(words[3:])) <= set(parameters_of(words[2])), command
-
-
-# -- the loader ------------------------------------------------------------------------------------------------------------
+# -- the loader ------------------------------------------------------------------------------------
 README = """
 from smart_iqa.data import DataLoader
 from torch.utils.data import DataLoader as TorchDataLoader
@@ -261,11 +65,13 @@ def test_readme_example_as_printed(koniq, monkeypatch):
     assert len(here["dataloader"]) == 2 and [tuple(x.shape) for x, _ in batches] == [(8, 3, 224, 224), (2, 3, 224, 224)]
     assert all(x.dtype == s.dtype == torch.float32 and x.is_contiguous() for x, s in batches)
     assert sorted(torch.cat([s for _, s in batches]).tolist()) == [10.0 * k for k in range(10)]
-    assert abs(float(torch.cat([x for x, _ in batches]).mean())) < 1 and float(batches[0][0].min()) < -0.5  # normalised, not bytes
+    assert (
+        abs(float(torch.cat([x for x, _ in batches]).mean())) < 1 and float(batches[0][0].min()) < -0.5
+    )  # normalised, not bytes
 
 
 def test_numbers_are_pictures_by_name(koniq):
-    """img_indx counts file names in their order, not rows of the label file, and keeps the order and the repetitions it was given."""
+    """img_indx counts sorted file names, not rows of the label file, and keeps its order and repetitions."""
     test = DataLoader("koniq-10k", koniq, [3, 0, 3], 64, 1, 1, istrain=False).get_data()
     wanted = scores_by_name(koniq)
     assert [float(s) for _, s in test] == [wanted[3], wanted[0], wanted[3]]
@@ -275,7 +81,7 @@ def test_numbers_are_pictures_by_name(koniq):
 
 
 def test_test_crops_are_the_grid(koniq):
-    """Without training the crops are the fixed grid, patch_num in a row a picture, the same every time and at any batch size."""
+    """Without training the crops are the fixed grid, the same every time and at any batch size."""
     one, again, other = (
         torch.cat([x for x, _ in DataLoader("koniq-10k", koniq, [0, 1], 224, 6, b, istrain=False, seed=s).get_data()])
         for b, s in ((1, 0), (1, 0), (5, 1))
@@ -318,14 +124,23 @@ def test_index_out_of_range(koniq, wrong):
 
 
 def test_numbers_are_references_where_there_are(tmp_path):
-    """With references, numbers count references, so that a split by number never divides a scene; as in HyperIQA, but sorted."""
-    rows = [dict(image=f"{d}{r}.png", ref=f"ref{r}", score=10.0 * k + r) for k, d in enumerate("xyz") for r in (3, 1, 2)]
+    """With references, numbers count sorted references, so that a split by number never divides a scene."""
+    rows = [
+        dict(image=f"{d}{r}.png", ref=f"ref{r}", score=10.0 * k + r) for k, d in enumerate("xyz") for r in (3, 1, 2)
+    ]
     for i, r in enumerate(rows):
         picture(i, 80, 64).save(tmp_path / r["image"])
     pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
     given = dict(labels="labels.csv", score_range="0,100", size=64)
     test = DataLoader("csv", tmp_path, [2], 64, 2, 4, istrain=False, **given)
-    assert test.names == ["ref1", "ref2", "ref3"] and sorted(s for _, b in test.get_data() for s in b.tolist()) == [3.0, 3.0, 13.0, 13.0, 23.0, 23.0]
+    assert test.names == ["ref1", "ref2", "ref3"] and sorted(s for _, b in test.get_data() for s in b.tolist()) == [
+        3.0,
+        3.0,
+        13.0,
+        13.0,
+        23.0,
+        23.0,
+    ]
     train = DataLoader("csv", tmp_path, [0, 1], 64, 1, 4, **given)
     assert not {s for _, b in train.get_data() for s in b.tolist()} & {3.0, 13.0, 23.0} and len(train.get_data()) == 2
     with pytest.raises(IndexError, match="3 references, numbered 0 to 2"):
@@ -340,7 +155,7 @@ def test_a_wrong_folder_is_a_data_error(tmp_path):
         getattr(smart_iqa.data, "Loader2")  # noqa: B009
 
 
-# -- models and checkpoints --------------------------------------------------------------------------------------------------
+# -- models and checkpoints ------------------------------------------------------------------------
 USAGE = """
 from smart_iqa import SmartIQA
 import torch
@@ -370,14 +185,21 @@ with torch.no_grad():
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """Random weights of a tiny model under the published names, in the three wrappings."""
-    folder, keys = tmp_path_factory.mktemp("published"), Path(__file__).parent / "reference" / "checkpoint_keys" / "tiny-attention.txt"
+    folder, keys = (
+        tmp_path_factory.mktemp("published"),
+        Path(__file__).parent / "reference" / "checkpoint_keys" / "tiny-attention.txt",
+    )
     (folder / "checkpoints").mkdir()
     torch.manual_seed(3)
     own = SmartIQA("tiny").eval()
     theirs = {native_name(k): k for k in (line.split()[0] for line in keys.read_text().splitlines() if line.strip())}
     state = {theirs.get(k, k): v for k, v in own.state_dict().items()}
     assert sum(k.startswith("swin.") for k in state) > 100
-    for name, content in (("best_model.pth", dict(model_state_dict=state)), ("best_model.pkl", dict(model_hyper=state)), ("bare.pkl", state)):
+    for name, content in (
+        ("best_model.pth", dict(model_state_dict=state)),
+        ("best_model.pkl", dict(model_hyper=state)),
+        ("bare.pkl", state),
+    ):
         torch.save(content, folder / "checkpoints" / name)
     return folder, own
 
@@ -397,12 +219,14 @@ def test_attention_extraction_as_printed():
     """README, Attention Weight Extraction."""
     here = dict(image=torch.randn(1, 3, 224, 224), torch=torch)
     exec(ATTENTION.replace("'base'", "'tiny'"), here)
-    assert here["attention_weights"].shape == (1, 4) and torch.allclose(here["attention_weights"].sum(), torch.tensor(1.0), atol=1e-5)
+    assert here["attention_weights"].shape == (1, 4) and torch.allclose(
+        here["attention_weights"].sum(), torch.tensor(1.0), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["best_model.pth", "best_model.pkl", "bare.pkl"])
 def test_every_wrapping_is_one_call(published, name):
-    """Project summary, Model Inference: eight numbers and a switch for each part become one call that reads the file."""
+    """Project summary, Model Inference: eight numbers and some switches become one call that reads the file."""
     folder, own = published
     model, x = load_checkpoint(folder / "checkpoints" / name), torch.randn(1, 3, 224, 224)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""`smart-iqa score`: hostile folders, tables that survive a kill, what is shown, pages that open offline, exit codes."""
+"""`smart-iqa score`: hostile folders, tables that survive a kill, what is shown, offline pages, exit codes."""
+
 import base64
 import csv
 import html.parser
@@ -25,16 +26,15 @@ from PIL import Image, ImageCms
 
 from smart_iqa.app.folders import (
     COLUMNS,
-    Found,
     Journal,
+    PictureFile,
     contact_sheet,
     find_pictures,
     model_id,
     read_scores,
     score_files,
 )
-from smart_iqa.app.intervals import Calibration
-from smart_iqa.app.scoring import Policy, Scorer, create_scorer, save_scorer
+from smart_iqa.app.scoring import Calibration, Policy, Scorer, create_scorer, save_scorer
 from smart_iqa.cli import main
 from smart_iqa.demo import photograph
 from smart_iqa.images import ImageError, load_image
@@ -48,7 +48,13 @@ def make_toy(seed: int = 0, name: str = "toy") -> Scorer:
     torch.manual_seed(seed)
     model = build_model("smart", backbone="test_efficientnet")
     model.shift_scores(50)
-    return Scorer(model, Policy(64, "short", 32, 2), Calibration((2.0, 0.5, 1.0), tuple(np.linspace(-2, 2, 99))), dict(name=name), device="cpu")
+    return Scorer(
+        model,
+        Policy(64, "short", 32, 2),
+        Calibration((2.0, 0.5, 1.0), tuple(np.linspace(-2, 2, 99))),
+        dict(name=name),
+        device="cpu",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +83,7 @@ def photos(tmp_path, monkeypatch):
 @pytest.fixture
 def run(model_file, capsys):
     """Run the command in this process: exit code, stdout, stderr."""
+
     def command(*words):
         capsys.readouterr()
         try:
@@ -85,6 +92,7 @@ def run(model_file, capsys):
             code = e.code
         said = capsys.readouterr()
         return code, said.out, said.err
+
     return command
 
 
@@ -93,7 +101,7 @@ def shown(table: str) -> list[str]:
     return [line.split("  ")[-1] for line in table.splitlines()[1:]]
 
 
-# -- hostile files: each a right score or a named error ------------------------------------------------------------------
+# -- hostile files: each a right score or a named error --------------------------------------------
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -109,12 +117,14 @@ def raw_tiff(values: np.ndarray, bits: int, data: bytes) -> bytes:
     """A grey TIFF of any bit depth."""
     h, w = values.shape
     tags = [(256, w), (257, h), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, h), (279, len(data))]
-    entries = b"".join(struct.pack("<HHIHH", t, 3, 1, v, 0) if v < 65536 else struct.pack("<HHII", t, 4, 1, v) for t, v in tags)
+    entries = b"".join(
+        struct.pack("<HHIHH", t, 3, 1, v, 0) if v < 65536 else struct.pack("<HHII", t, 4, 1, v) for t, v in tags
+    )
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
 
 
 def ink_profile() -> bytes:
-    """A CMYK profile by hand (ICC v2, 8-bit tables, 2 grid points), in which the ink called cyan is orange: no rule of thumb says that."""
+    """A CMYK profile by hand (ICC v2, 8-bit tables, 2 grid points), in which the ink called cyan is orange."""
     grid = []
     for c, m, y, k in np.ndindex(2, 2, 2, 2):
         light = (1 - 0.4 * c) * (1 - 0.3 * m) * (1 - 0.1 * y) * (1 - k)
@@ -139,7 +149,9 @@ PHOTO = photograph("chelsea").crop((100, 50, 300, 200))
 GREY = np.asarray(PHOTO.convert("L"))
 DEEP = GREY.astype(np.uint16) * 257
 GREY_RGB = Image.fromarray(GREY).convert("RGB")
-CUT_OUT = Image.merge("RGBA", [*PHOTO.split(), Image.fromarray((np.indices(GREY.shape)[1] > 90).astype(np.uint8) * 200)])
+CUT_OUT = Image.merge(
+    "RGBA", [*PHOTO.split(), Image.fromarray((np.indices(GREY.shape)[1] > 90).astype(np.uint8) * 200)]
+)
 WHITE = Image.new("RGBA", PHOTO.size, "white")
 ON_WHITE = Image.alpha_composite(WHITE, CUT_OUT).convert("RGB")
 GREY_ON_WHITE = Image.alpha_composite(WHITE, CUT_OUT.convert("LA").convert("RGBA")).convert("RGB")
@@ -165,13 +177,22 @@ HOSTILE = {
     "LOUD.JPG": (JPEG, PHOTO),
     "no_jpeg.jpg": (saved(PHOTO, "PNG"), PHOTO),  # the content decides, not the suffix
     "grey16.png": (saved(Image.fromarray(DEEP), "PNG"), GREY_RGB),
-    "grey16_big_endian.tif": (saved(Image.frombytes("I;16B", PHOTO.size, DEEP.astype(">u2").tobytes()), "TIFF"), GREY_RGB),
+    "grey16_big_endian.tif": (
+        saved(Image.frombytes("I;16B", PHOTO.size, DEEP.astype(">u2").tobytes()), "TIFF"),
+        GREY_RGB,
+    ),
     "grey16_zero_is_white.tif": (saved(Image.fromarray(65535 - DEEP), "TIFF", tiffinfo={262: 0}), GREY_RGB),
     "grey12.tif": (raw_tiff(GREY, 12, twelve_bits()), GREY_RGB),
     "grey32.tif": (saved(Image.fromarray(DEEP.astype(np.int32)), "TIFF"), GREY_RGB),
     "float.tif": (saved(Image.fromarray(GREY / np.float32(255)), "TIFF"), GREY_RGB),
-    "rgb16.png": (raw_png(200, 150, 16, 2, [r.tobytes() for r in (np.asarray(PHOTO) * np.uint16(257)).astype(">u2")]), PHOTO),
-    "rgba16.png": (raw_png(200, 150, 16, 6, [r.tobytes() for r in (np.asarray(CUT_OUT) * np.uint16(257)).astype(">u2")]), ON_WHITE),
+    "rgb16.png": (
+        raw_png(200, 150, 16, 2, [r.tobytes() for r in (np.asarray(PHOTO) * np.uint16(257)).astype(">u2")]),
+        PHOTO,
+    ),
+    "rgba16.png": (
+        raw_png(200, 150, 16, 6, [r.tobytes() for r in (np.asarray(CUT_OUT) * np.uint16(257)).astype(">u2")]),
+        ON_WHITE,
+    ),
     "cmyk.tif": (saved(PHOTO.convert("CMYK"), "TIFF"), PHOTO),
     "cmyk.jpg": (saved(PHOTO.convert("CMYK"), "JPEG", quality=95), PHOTO),
     "cmyk_broken_profile.tif": (saved(PHOTO.convert("CMYK"), "TIFF", icc_profile=b"no profile" * 20), PHOTO),
@@ -186,7 +207,10 @@ HOSTILE = {
     "turned.jpg": (saved(SIDEWAYS, "JPEG", quality=95, exif=ON_ITS_SIDE), PHOTO),
     "turned.png": (saved(SIDEWAYS, "PNG", exif=ON_ITS_SIDE), PHOTO),
     "broken_exif.png": (saved(PHOTO, "PNG", exif=b"no tags at all"), PHOTO),
-    "animated.gif": (saved(PALETTE, "GIF", save_all=True, append_images=[OTHER.quantize(64)] * 2), PALETTE.convert("RGB")),
+    "animated.gif": (
+        saved(PALETTE, "GIF", save_all=True, append_images=[OTHER.quantize(64)] * 2),
+        PALETTE.convert("RGB"),
+    ),
     "animated.webp": (saved(PHOTO, "WEBP", save_all=True, append_images=[OTHER.copy()] * 2, lossless=True), PHOTO),
     "animated.png": (saved(PHOTO, "PNG", save_all=True, append_images=[OTHER.copy()] * 2), PHOTO),
     "two.mpo": (saved(PHOTO, "MPO", save_all=True, append_images=[OTHER.copy()], quality=95), PHOTO),
@@ -194,7 +218,10 @@ HOSTILE = {
     "one_pixel.png": (saved(Image.new("RGB", (1, 1), "red"), "PNG"), Image.new("RGB", (1, 1), "red")),
     "thread.png": (saved(PHOTO.resize((1, 5000)), "PNG"), PHOTO.resize((1, 5000))),
     "panorama.jpg": (saved(PHOTO.resize((20000, 300)), "JPEG", quality=95), PHOTO.resize((20000, 300))),
-    "endless.png": (saved(PHOTO.resize((60000, 6)), "PNG"), PHOTO.resize((60000, 6))),  # whole at 512 pixels: 2.6 gigapixels
+    "endless.png": (
+        saved(PHOTO.resize((60000, 6)), "PNG"),
+        PHOTO.resize((60000, 6)),
+    ),  # whole at 512 pixels: 2.6 gigapixels
     "half.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
     "half.png": (saved(PHOTO, "PNG")[:20000], "truncated"),
     "half.tif": (saved(PHOTO, "TIFF")[:40000], "cannot be decoded"),
@@ -203,7 +230,10 @@ HOSTILE = {
     "noise.png": (bytes(range(256)) * 4, "no picture that Pillow knows"),
     "bomb.png": (raw_png(60000, 60000, 8, 2, [b"\0" * 100]), "too many pixels"),
     "real_bomb.png": (raw_png(14000, 14000, 1, 0, [bytes(1750)] * 14000), "too many pixels"),
-    "text_bomb.png": (raw_png(8, 8, 8, 0, [bytes(8)] * 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))), "cannot be decoded"),
+    "text_bomb.png": (
+        raw_png(8, 8, 8, 0, [bytes(8)] * 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
+        "cannot be decoded",
+    ),
     "phone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pip install pillow-heif"),
     "raw.tif": (saved(PHOTO.resize((40, 30)), "TIFF", tiffinfo={254: 1}), "thumbnail"),
     "no_white.tif": (saved(Image.fromarray(DEEP.astype(np.int32) * 100), "TIFF"), "nothing says which is white"),
@@ -260,10 +290,19 @@ def test_hostile_file(name, verdicts, packaged):
 def test_the_right_scores_are_not_all_alike(verdicts, packaged):
     """Else the test above could not fail: wrong readings of these files have other scores."""
     right = packaged(PHOTO)
-    wrong = {"negative": PHOTO.point(lambda v: 255 - v), "second frame": OTHER, "grey": GREY_RGB, "black": Image.new("RGB", PHOTO.size),
-             "white": Image.new("RGB", PHOTO.size, "white"), "squeezed": Image.fromarray(GREY // 16).convert("RGB"), "on white": ON_WHITE}
+    wrong = {
+        "negative": PHOTO.point(lambda v: 255 - v),
+        "second frame": OTHER,
+        "grey": GREY_RGB,
+        "black": Image.new("RGB", PHOTO.size),
+        "white": Image.new("RGB", PHOTO.size, "white"),
+        "squeezed": Image.fromarray(GREY // 16).convert("RGB"),
+        "on white": ON_WHITE,
+    }
     for name, img in wrong.items():
-        assert abs(packaged(img) - right) > 0.05 and np.abs(np.asarray(img).astype(int) - np.asarray(PHOTO)).mean() > 6, name
+        assert (
+            abs(packaged(img) - right) > 0.05 and np.abs(np.asarray(img).astype(int) - np.asarray(PHOTO)).mean() > 6
+        ), name
 
 
 def test_inks_by_their_own_profile(tmp_path):
@@ -276,7 +315,9 @@ def test_inks_by_their_own_profile(tmp_path):
             assert opened.mode == "CMYK"
         got = np.asarray(load_image(tmp_path / "x")).astype(int)
         lab = Image.frombytes("LAB", (1, 1), bytes([153, 60, 60]))  # 60, 60, 60; Pillow keeps a and b signed
-        orange = ImageCms.profileToProfile(lab, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB").getpixel((0, 0))
+        orange = ImageCms.profileToProfile(
+            lab, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        ).getpixel((0, 0))
         assert np.abs(got[32, 10] - orange).max() < 12 and (got[32, 50] > 245).all(), (got[32, 10], orange, got[32, 50])
 
 
@@ -311,7 +352,12 @@ def test_things_that_are_no_files(tmp_path, toy):
     assert time.time() - started < 20
     errors = dict(zip(frame.file.map(lambda f: os.path.relpath(f, tmp_path)), frame.error))
     assert [k for k, e in errors.items() if not e] == ["a.png", "folder.jpg/inner.png", "link.png"]
-    assert "named pipe" in errors["pipe.jpg"] and "leads nowhere" in errors["dangling.jpg"] and errors["self.jpg"] and len(errors) == 6
+    assert (
+        "named pipe" in errors["pipe.jpg"]
+        and "leads nowhere" in errors["dangling.jpg"]
+        and errors["self.jpg"]
+        and len(errors) == 6
+    )
     assert frame.score.nunique() == 1
 
 
@@ -323,7 +369,11 @@ def test_what_may_not_be_read(photos, toy):
         errors = score_files(toy, "photos").set_index("file").error
     finally:
         (photos / "sub").chmod(0o700)
-    assert "Permission" in errors["photos/p0.png"] and "cannot be read" in errors["photos/sub"] and not errors["photos/p1.png"]
+    assert (
+        "Permission" in errors["photos/p0.png"]
+        and "cannot be read" in errors["photos/sub"]
+        and not errors["photos/p1.png"]
+    )
 
 
 def test_a_file_that_vanishes(photos, toy):
@@ -336,8 +386,24 @@ def test_a_file_that_vanishes(photos, toy):
     assert (score_files(toy, found, "s.csv").error == "").sum() == 5
 
 
-NAMES = ["two  blanks.png", "line\nfeed.png", "carriage\rreturn.png", "tab\t.png", "ünï ☃ 日本.png", '"quote",comma;.png', "=1+1.png", "-x.png", "@a.png",
-         "%s{0}\\n.png", "<img src=http:x>&amp;.png", "esc\x1b[31m.png", "\u202egnp.exe.png", "a[1]*.png", "'.png", " .png"]
+NAMES = [
+    "two  blanks.png",
+    "line\nfeed.png",
+    "carriage\rreturn.png",
+    "tab\t.png",
+    "ünï ☃ 日本.png",
+    '"quote",comma;.png',
+    "=1+1.png",
+    "-x.png",
+    "@a.png",
+    "%s{0}\\n.png",
+    "<img src=http:x>&amp;.png",
+    "esc\x1b[31m.png",
+    "\u202egnp.exe.png",
+    "a[1]*.png",
+    "'.png",
+    " .png",
+]
 
 
 @posix
@@ -355,7 +421,11 @@ def test_wild_names(kind, tmp_path, monkeypatch, run):
     table = read_scores(f"../s.{kind}")
     assert {os.path.normpath(f) for f in table.file} == {*NAMES, "caf\\xe9.png"} and table.score.nunique() == 1
     assert not table.file.str.match(r"[=+\-@\t\r]").any()
-    read = {"csv": lambda p: pd.read_csv(p, keep_default_na=False), "jsonl": lambda p: pd.read_json(p, lines=True), "parquet": pd.read_parquet}[kind]
+    read = {
+        "csv": lambda p: pd.read_csv(p, keep_default_na=False),
+        "jsonl": lambda p: pd.read_json(p, lines=True),
+        "parquet": pd.read_parquet,
+    }[kind]
     assert list(read(f"../s.{kind}").file) == list(table.file)
     assert len(out.splitlines()) == len(NAMES) + 2 and "\x1b" not in out and "\u202e" not in out and "\r" not in out
     page = Path("../r.html").read_bytes().decode()
@@ -364,26 +434,45 @@ def test_wild_names(kind, tmp_path, monkeypatch, run):
     assert run(".", "--out", f"../s.{kind}")[2].count("17 were there before") == 1
 
 
-# -- what is found -------------------------------------------------------------------------------------------------------
+# -- what is found ---------------------------------------------------------------------------------
 def paths_of(*given, **kw):
     return [Path(f.path).as_posix() for f in find_pictures(given, **kw)]
 
 
 def test_folders(photos):
-    everything = ["photos/broken.jpg", "photos/p0.png", "photos/p1.png", "photos/p2.png", "photos/p3.png", "photos/sub/p0.jpg"]
+    everything = [
+        "photos/broken.jpg",
+        "photos/p0.png",
+        "photos/p1.png",
+        "photos/p2.png",
+        "photos/p3.png",
+        "photos/sub/p0.jpg",
+    ]
     (photos / "notes.txt").write_text("x")
     (photos / ".hidden.png").write_bytes(b"")
     (photos / ".cache").mkdir()
     shutil.copy("photos/p0.png", "photos/.cache/p0.png")
-    assert paths_of("photos") == paths_of("./photos/") == paths_of(Path("photos"), "photos/sub", str(photos)) == everything
+    assert (
+        paths_of("photos") == paths_of("./photos/") == paths_of(Path("photos"), "photos/sub", str(photos)) == everything
+    )
     assert paths_of("photos", recursive=False) == everything[:-1]
-    assert paths_of("photos/notes.txt", "photos/.hidden.png") == ["photos/notes.txt", "photos/.hidden.png"]  # named: tried
+    assert paths_of("photos/notes.txt", "photos/.hidden.png") == [
+        "photos/notes.txt",
+        "photos/.hidden.png",
+    ]  # named: tried
 
 
 def test_patterns(photos):
-    assert paths_of("photos/p[12].png") == ["photos/p1.png", "photos/p2.png"] and paths_of("photos/**/*.jpg") == ["photos/broken.jpg", "photos/sub/p0.jpg"]
-    assert paths_of("phot*") == paths_of("photos") and paths_of(str(photos / "*.png")) == [p.as_posix() for p in sorted(photos.glob("*.png"))]
-    assert [f.error for f in find_pictures(["photos/*.bmp", "gone.png", "gone/"])] == ["no file matches this pattern"] + ["no such file or folder"] * 2
+    assert paths_of("photos/p[12].png") == ["photos/p1.png", "photos/p2.png"] and paths_of("photos/**/*.jpg") == [
+        "photos/broken.jpg",
+        "photos/sub/p0.jpg",
+    ]
+    assert paths_of("phot*") == paths_of("photos") and paths_of(str(photos / "*.png")) == [
+        p.as_posix() for p in sorted(photos.glob("*.png"))
+    ]
+    assert [f.error for f in find_pictures(["photos/*.bmp", "gone.png", "gone/"])] == [
+        "no file matches this pattern"
+    ] + ["no such file or folder"] * 2
     shutil.copy("photos/p1.png", "photos/p[12].png")
     assert paths_of("photos/p[12].png") == ["photos/p[12].png"]
 
@@ -409,7 +498,13 @@ def test_nothing_to_score(photos, run):
     """Exit code 2, and a message for each thing that was asked for."""
     (photos.parent / "empty").mkdir()
     code, out, err = run("empty", "gone.png", "*.bmp")
-    assert code == 2 and not out and "empty: no picture in this folder" in err and "gone.png: no such file" in err and "*.bmp: no file matches" in err
+    assert (
+        code == 2
+        and not out
+        and "empty: no picture in this folder" in err
+        and "gone.png: no such file" in err
+        and "*.bmp: no file matches" in err
+    )
 
 
 def test_names_from_stdin(photos, run, monkeypatch):
@@ -421,16 +516,28 @@ def test_names_from_stdin(photos, run, monkeypatch):
     assert run("-")[0] == 2
 
 
-# -- the table on disk ---------------------------------------------------------------------------------------------------
+# -- the table on disk -----------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_columns(kind, photos, toy, run):
     code, _, _ = run("photos", "nowhere.png", "--out", f"s.{kind}")
     table = read_scores(f"s.{kind}")
     assert code == 1 and list(table) == list(COLUMNS) and len(table) == 7
     first = table.iloc[1]
-    assert first.file == str(Path("photos/p0.png")) and (first.width, first.height, first.bytes) == (80, 72, os.path.getsize("photos/p0.png"))
-    assert abs(first.score - toy(load_image("photos/p0.png"))) < 0.1 and first.low < first.score < first.high and first.level == 0.9
-    assert (table.model == model_id(toy)).all() and table.error[0].startswith("cannot be decoded") and table.error[6] == "no such file or folder"
+    assert first.file == str(Path("photos/p0.png")) and (first.width, first.height, first.bytes) == (
+        80,
+        72,
+        os.path.getsize("photos/p0.png"),
+    )
+    assert (
+        abs(first.score - toy(load_image("photos/p0.png"))) < 0.1
+        and first.low < first.score < first.high
+        and first.level == 0.9
+    )
+    assert (
+        (table.model == model_id(toy)).all()
+        and table.error[0].startswith("cannot be decoded")
+        and table.error[6] == "no such file or folder"
+    )
     assert set(os.listdir()) == {"photos", f"s.{kind}"}  # no journal, no temporary file
 
 
@@ -440,7 +547,11 @@ def test_three_kinds_of_table_hold_the_same(photos, toy):
         assert frame.equals(frames[0]) and read_scores(f"s.{kind}").equals(frame)
     with open("s.csv", newline="") as f:
         assert next(csv.reader(f)) == list(COLUMNS)
-    assert [json.loads(line)["file"] for line in open("s.jsonl")] == list(frames[0].file) == list(pd.read_parquet("s.parquet").file)
+    assert (
+        [json.loads(line)["file"] for line in open("s.jsonl")]
+        == list(frames[0].file)
+        == list(pd.read_parquet("s.parquet").file)
+    )
 
 
 def count_scored(toy, monkeypatch):
@@ -483,7 +594,10 @@ def test_what_is_scored_again(photos, toy, monkeypatch):
     seen = count_scored(toy, monkeypatch)
     after = score_files(toy, "photos", "s.csv")
     assert [Path(p).name for p in seen] == ["broken.jpg", "p1.png"] and (after.error == "").all()
-    assert list(after.file) == list(before.file) == list(read_scores("s.csv").file) and (after.score != before.score).sum() == 2
+    assert (
+        list(after.file) == list(before.file) == list(read_scores("s.csv").file)
+        and (after.score != before.score).sum() == 2
+    )
     shutil.copytree("photos/sub", "more")
     score_files(toy, "more", "s.csv")
     assert len(read_scores("s.csv")) == 7 and len(seen) == 3
@@ -497,11 +611,19 @@ def test_excel_may_have_been_there(photos, toy, monkeypatch):
     assert score_files(toy, "photos", "s.csv").equals(whole) and [Path(p).name for p in seen] == ["broken.jpg"]
 
 
-@pytest.mark.parametrize("name, content, told", [
-    ("s.csv", b"image,mos\na.jpg,3\n", "does not begin"), ("s.csv", b"no table", "does not begin"), ("s.csv", b"\x89PNG", "does not begin"),
-    ("s.jsonl", b'{"image": 1}\n', "does not begin"), ("s.jsonl", b'{"file": 1}\n', "not ours"), ("s.parquet", b"PAR1", "s.parquet"),
-    ("s.csv", (",".join(COLUMNS) + "\na.jpg,good" + "," * 10 + "\n").encode(), "good"), ("s.csv", (",".join(COLUMNS) + "\na.jpg\n").encode(), "not ours"),
-])
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("s.csv", b"image,mos\na.jpg,3\n", "does not begin"),
+        ("s.csv", b"no table", "does not begin"),
+        ("s.csv", b"\x89PNG", "does not begin"),
+        ("s.jsonl", b'{"image": 1}\n', "does not begin"),
+        ("s.jsonl", b'{"file": 1}\n', "not ours"),
+        ("s.parquet", b"PAR1", "s.parquet"),
+        ("s.csv", (",".join(COLUMNS) + "\na.jpg,good" + "," * 10 + "\n").encode(), "good"),
+        ("s.csv", (",".join(COLUMNS) + "\na.jpg\n").encode(), "not ours"),
+    ],
+)
 def test_a_table_of_something_else_is_not_touched(name, content, told, photos, run):
     Path(name).write_bytes(content)
     code, _, err = run("photos", "--out", name)
@@ -521,14 +643,20 @@ def test_fingerprint_of_a_model(toy, model_file):
     """The same after saving; another for other weights, policy or calibration."""
     own = model_id(toy)
     assert own == model_id(create_scorer(model_file, device="cpu")) == model_id(make_toy()) and own.startswith("toy@")
-    other = [make_toy(seed=1), Scorer(toy.model, Policy(64, "short", 32, 3), toy.calibration, toy.info), Scorer(toy.model, toy.policy, None, toy.info)]
+    other = [
+        make_toy(seed=1),
+        Scorer(toy.model, Policy(64, "short", 32, 3), toy.calibration, toy.info),
+        Scorer(toy.model, toy.policy, None, toy.info),
+    ]
     assert len({own, *map(model_id, other)}) == 4
 
 
 def test_a_model_without_calibration(photos, toy):
     plain = Scorer(toy.model, toy.policy, None, toy.info, device="cpu")
     frame = score_files(plain, "photos", "s.csv")
-    assert frame.low.isna().all() and frame.level.isna().all() and score_files(plain, "photos", "s.csv").attrs["kept"] == 5
+    assert (
+        frame.low.isna().all() and frame.level.isna().all() and score_files(plain, "photos", "s.csv").attrs["kept"] == 5
+    )
 
 
 @posix
@@ -544,10 +672,15 @@ def test_kill_9(kind, tmp_path, monkeypatch, model_file, run):
         os.link(f"many/{k % 10}.png", f"many/{k}.png")
     lines = Journal(f"killed.{kind}").lines
     words = ["score", "many", "--model", model_file, "--device", "cpu", "--threads", "1", "--out", f"killed.{kind}"]
-    child = subprocess.Popen([sys.executable, "-c", "import sys; from smart_iqa.cli import main; sys.exit(main())", *words],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from smart_iqa.cli import main; sys.exit(main())", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.time() + 120
-    while (not lines.exists() or lines.read_bytes().count(b"\n") < 20) and child.poll() is None and time.time() < deadline:
+    while (
+        (not lines.exists() or lines.read_bytes().count(b"\n") < 20) and child.poll() is None and time.time() < deadline
+    ):
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()
@@ -591,7 +724,7 @@ def test_ctrl_c(photos, toy, run, monkeypatch):
     assert code == 130 and "--out" in err and "goes on where it was" not in err
 
 
-# -- what is shown -------------------------------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 def test_table_on_the_terminal(photos, toy, run):
     code, out, err = run("photos")
     assert code == 1 and "p0.png" in out and "broken.jpg" not in out and "broken.jpg: cannot be decoded" in err
@@ -603,9 +736,17 @@ def test_top_bottom_sort(photos, toy, run):
     frame = score_files(toy, "photos")
     best = list(frame.dropna(subset="score").sort_values("score", ascending=False).file)
     named = sorted(best)
-    for words, expected in {("--sort", "score"): best, ("--sort", "score", "--reverse"): best[::-1], ("--top", "2"): best[:2], ("--bottom", "2"): best[:-3:-1],
-                            ("--top", "1", "--bottom", "1"): [best[0], best[-1]], ("--top", "99"): best, ("--sort", "name"): named,
-                            ("--top", "2", "--sort", "name"): sorted(best[:2]), ("--top", "3", "--bottom", "3"): best}.items():
+    for words, expected in {
+        ("--sort", "score"): best,
+        ("--sort", "score", "--reverse"): best[::-1],
+        ("--top", "2"): best[:2],
+        ("--bottom", "2"): best[:-3:-1],
+        ("--top", "1", "--bottom", "1"): [best[0], best[-1]],
+        ("--top", "99"): best,
+        ("--sort", "name"): named,
+        ("--top", "2", "--sort", "name"): sorted(best[:2]),
+        ("--top", "3", "--bottom", "3"): best,
+    }.items():
         assert shown(run("photos", *words)[1]) == expected, words
     sizes = [re.search(r"(\d+) x", line)[1] for line in run("photos", "--sort", "size")[1].splitlines()[1:]]
     assert sizes == sorted(sizes, key=int, reverse=True)
@@ -620,8 +761,20 @@ def test_quiet(photos, run):
 
 
 def test_exit_codes(photos, run):
-    assert run("photos/p0.png")[0] == 0 and run("photos")[0] == 1 and run("photos/p0.png", "gone.png")[0] == 1 and run("gone.png")[0] == 2
-    for words in (("--top", "0"), ("--top", "x"), ("--level", "90"), ("--batch", "-1"), ("--sort", "colour"), ("--nonsense",)):
+    assert (
+        run("photos/p0.png")[0] == 0
+        and run("photos")[0] == 1
+        and run("photos/p0.png", "gone.png")[0] == 1
+        and run("gone.png")[0] == 2
+    )
+    for words in (
+        ("--top", "0"),
+        ("--top", "x"),
+        ("--level", "90"),
+        ("--batch", "-1"),
+        ("--sort", "colour"),
+        ("--nonsense",),
+    ):
         assert run("photos", *words)[0] == 2, words
     assert run()[0] == 2
     for words in (("--model", "smart-light"), ("--out", "s.xls"), ("--html", "photos"), ("--device", "abacus")):
@@ -638,21 +791,37 @@ def test_outputs_in_folders_that_are_not_there_yet(photos, run):
 def test_reader_that_goes_away(photos, model_file):
     """`| head -1` ends the output, not the run; ASCII terminals show what they can."""
     shutil.copy("photos/p0.png", "photos/é.png")
-    line = f"{sys.executable} -c 'import sys; from smart_iqa.cli import main; sys.exit(main())' score photos --model {model_file} --device cpu"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | true; echo code ${{PIPESTATUS[0]}}; {line} | cat"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}, timeout=200)
-    assert "code 1" in done.stdout and "Traceback" not in done.stderr and "Broken" not in done.stderr and "\\xe9.png" in done.stdout
+    program = f"{sys.executable} -c 'import sys; from smart_iqa.cli import main; sys.exit(main())'"
+    line = f"{program} score photos --model {model_file} --device cpu"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} | true; echo code ${{PIPESTATUS[0]}}; {line} | cat"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert (
+        "code 1" in done.stdout
+        and "Traceback" not in done.stderr
+        and "Broken" not in done.stderr
+        and "\\xe9.png" in done.stdout
+    )
 
 
-# -- maps and pages ------------------------------------------------------------------------------------------------------
+# -- maps and pages --------------------------------------------------------------------------------
 def test_maps(photos, run):
-    """Same-named files of several folders, and of several suffixes, do not meet; other runs add; maps are no pictures."""
+    """Same-named files of several folders and suffixes do not meet; other runs add; maps are not pictures."""
     picture(7, 90, 70).save(photos / "p0.jpg")
     (photos.parent / "other").mkdir()
     shutil.copy("photos/p0.png", "other/p0.png")
     assert run("photos", "other", "--heatmap", "maps")[0] == 1
     written = {p.relative_to("maps").as_posix() for p in Path("maps").rglob("*.png")}
-    assert written == {*(f"photos/p{k}.png.map.png" for k in range(4)), "photos/p0.jpg.map.png", "photos/sub/p0.jpg.map.png", "other/p0.png.map.png"}
+    assert written == {
+        *(f"photos/p{k}.png.map.png" for k in range(4)),
+        "photos/p0.jpg.map.png",
+        "photos/sub/p0.jpg.map.png",
+        "other/p0.png.map.png",
+    }
     assert max(Image.open("maps/photos/p3.png.map.png").size) == 768
     before = {p: p.stat().st_mtime_ns for p in Path("maps").rglob("*.png")}
     picture(60, 90, 70).save(photos / "p0.jpg")
@@ -673,6 +842,7 @@ def test_maps_of_strips(tmp_path, run):
 
 class Page(html.parser.HTMLParser):
     """Tags and text of a page."""
+
     def __init__(self, path):
         super().__init__()
         self.tags, self.text = [], ""
@@ -693,12 +863,21 @@ def test_contact_sheet(photos, toy, run):
     frame = score_files(toy, "photos").dropna(subset="score").sort_values("score", ascending=False)
     images = [a for t, a in page.tags if t == "img"]
     assert [a["alt"] for a in images] == list(frame.file)
-    assert not {t for t, _ in page.tags} & {"script", "link", "iframe", "base"} and "url(" not in source and "http" not in source
+    assert (
+        not {t for t, _ in page.tags} & {"script", "link", "iframe", "base"}
+        and "url(" not in source
+        and "http" not in source
+    )
     for a, row in zip(images, frame.itertuples()):
         assert a["src"].startswith("data:image/jpeg;base64,") and f"{row.score:.1f}" in page.text
         thumb = Image.open(io.BytesIO(base64.b64decode(a["src"].split(",")[1])))
         assert max(thumb.size) <= 320 and abs(thumb.width / thumb.height - row.width / row.height) < 0.05
-    assert "broken.jpg: cannot be decoded" in page.text and "90 %" in page.text and "higher is better" in page.text and model_id(toy) in page.text
+    assert (
+        "broken.jpg: cannot be decoded" in page.text
+        and "90 %" in page.text
+        and "higher is better" in page.text
+        and model_id(toy) in page.text
+    )
     assert "prefers-color-scheme" in source and "undefined" not in source and "nan" not in page.text.lower()
 
 
@@ -739,7 +918,7 @@ def test_library_use(photos, toy):
     assert score_files(toy, [Path("photos")]).equals(whole) and score_files(toy, find_pictures("photos")).equals(whole)
     empty = score_files(toy, [], "e.csv")
     assert len(empty) == 0 and list(empty) == list(COLUMNS) and read_scores("e.csv").equals(empty)
-    assert score_files(toy, [Found("gone.png", ".", "was there once")]).error[0] == "was there once"
+    assert score_files(toy, [PictureFile("gone.png", ".", "was there once")]).error[0] == "was there once"
     with pytest.raises(ValueError, match=r"s.csv: no such file"):
         read_scores("s.csv")
     with pytest.raises(ImageError):
@@ -750,7 +929,15 @@ def test_medium_format_photograph_has_a_score_and_no_warning(model_file, tmp_pat
     """100 megapixels, of which Pillow warns. (pytest resets the filters of warnings: a process of its own.)"""
     Image.new("L", (11648, 8736), 90).save(tmp_path / "large.jpg")
     Image.new("L", (1456, 1092), 90).save(tmp_path / "small.jpg")
-    command = [sys.executable, "-c", "import sys; from smart_iqa.cli import main; sys.exit(main(sys.argv[1:]))", "score", "--quiet", "--model", model_file]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from smart_iqa.cli import main; sys.exit(main(sys.argv[1:]))",
+        "score",
+        "--quiet",
+        "--model",
+        model_file,
+    ]
     done = subprocess.run([*command, "--out", str(tmp_path / "s.csv"), str(tmp_path)], capture_output=True, text=True)
     table = read_scores(tmp_path / "s.csv")
     assert done.returncode == 0 and "ecompression" not in done.stderr and table.width.tolist() == [11648, 1456]
@@ -759,13 +946,16 @@ def test_medium_format_photograph_has_a_score_and_no_warning(model_file, tmp_pat
 
 def test_two_commands_on_one_table(toy, photos, tmp_path):
     """The second says so and leaves the table alone; when the first has ended, it goes on."""
-    out, code = tmp_path / "s.csv", """
+    out, code = (
+        tmp_path / "s.csv",
+        """
 import sys, time
-from smart_iqa.app.folders import _alone
-with _alone(sys.argv[1]):
+from smart_iqa.app.folders import _locked_output
+with _locked_output(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(600)
-"""
+""",
+    )
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "mine\n"

@@ -1,5 +1,8 @@
-"""The scorer: one score a picture whatever surrounds it, maps that are local, intervals that come along, and the packaged model."""
+"""The scorer: one score per picture whatever surrounds it, local maps, intervals, and the packaged model."""
+
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,8 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 import smart_iqa
-from smart_iqa.app.intervals import Calibration
-from smart_iqa.app.scoring import Policy, Scorer, create_scorer, layout, save_scorer
+from smart_iqa.app.scoring import Calibration, Policy, Scorer, create_scorer, layout, save_scorer
 from smart_iqa.demo import photograph
 from smart_iqa.images import ImageError
 from smart_iqa.model import CheckpointError, build_model, find_checkpoint, read_about
@@ -37,7 +39,14 @@ def small():
     torch.manual_seed(0)
     model = build_model("smart", model_size="lite")
     model.shift_scores(50)
-    return Scorer(model, Policy(64, "short", 32, 2), Calibration((2.0, 0.5, 1.0), tuple(np.linspace(-2, 2, 99))), dict(name="small"), device="cpu", amp="off")
+    return Scorer(
+        model,
+        Policy(64, "short", 32, 2),
+        Calibration((2.0, 0.5, 1.0), tuple(np.linspace(-2, 2, 99))),
+        dict(name="small"),
+        device="cpu",
+        amp="off",
+    )
 
 
 def test_a_picture_has_one_score(scorer, photos, alone):
@@ -49,12 +58,14 @@ def test_a_picture_has_one_score(scorer, photos, alone):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batch_size_moves_nothing(scorer, photos, alone, batch_size):
-    other = Scorer(scorer.model, scorer.policy, scorer.calibration, scorer.info, device="cpu", amp="off", batch_size=batch_size)
+    other = Scorer(
+        scorer.model, scorer.policy, scorer.calibration, scorer.info, device="cpu", amp="off", batch_size=batch_size
+    )
     assert np.abs(other(photos[:2]) - alone[:2]).max() < 1e-3
 
 
 def test_bf16_is_near(scorer, photos, alone):
-    """Within half a point alone and in a batch; and not far from fp32 (but for pictures of some dozen pixels, it is as near)."""
+    """Within half a point alone and in a batch; and not far from fp32."""
     bf16 = Scorer(scorer.model, scorer.policy, device="cpu", amp="on")
     found = bf16(photos)
     assert np.abs(found - [bf16(p) for p in photos]).max() < 0.5
@@ -66,15 +77,41 @@ def test_every_kind_of_input(scorer, photos, alone, tmp_path):
     photo.save(tmp_path / "a.png")
     a = np.asarray(photo)
     t = torch.from_numpy(a.copy()).permute(2, 0, 1)
-    for same in (tmp_path / "a.png", str(tmp_path / "a.png"), photo, a, a / 255, a.astype(np.float32) / 255, a.astype(np.uint16) * 257, t, t / 255, t[None]):
+    for same in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        photo,
+        a,
+        a / 255,
+        a.astype(np.float32) / 255,
+        a.astype(np.uint16) * 257,
+        t,
+        t / 255,
+        t[None],
+    ):
         got = scorer(same)
         assert np.allclose(got, alone[0], atol=1e-3)
-    assert isinstance(scorer(photo), float) and scorer([photo]).shape == (1,) and scorer(torch.stack([t, t])).shape == (2,) and scorer([]).shape == (0,)
+    assert (
+        isinstance(scorer(photo), float)
+        and scorer([photo]).shape == (1,)
+        and scorer(torch.stack([t, t])).shape == (2,)
+        and scorer([]).shape == (0,)
+    )
 
 
-@pytest.mark.parametrize("wrong, said", [
-    (np.zeros((5, 5, 7), np.uint8), "shape"), (np.full((9, 9, 3), 128.0), "0-1"), (np.full((9, 9), np.nan), "0-1"), (torch.zeros(3, 9, 9) - 2, "0-1"),
-    (np.zeros((0, 9, 3), np.uint8), "shape"), ("gone.jpg", "gone.jpg"), (None, "NoneType"), (np.zeros((9, 9), np.int32), "int32")])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (np.zeros((5, 5, 7), np.uint8), "shape"),
+        (np.full((9, 9, 3), 128.0), "0-1"),
+        (np.full((9, 9), np.nan), "0-1"),
+        (torch.zeros(3, 9, 9) - 2, "0-1"),
+        (np.zeros((0, 9, 3), np.uint8), "shape"),
+        ("gone.jpg", "gone.jpg"),
+        (None, "NoneType"),
+        (np.zeros((9, 9), np.int32), "int32"),
+    ],
+)
 def test_wrong_input_is_named(small, wrong, said):
     with pytest.raises(ImageError, match=said):
         small(wrong)
@@ -94,6 +131,7 @@ def test_stream_is_lazy(small, photos):
         while True:
             taken.append(1)
             yield photos[4]
+
     stream = small.stream(endless())
     next(stream), next(stream)
     assert len(taken) < 12
@@ -148,7 +186,11 @@ def test_differentiable(scorer):
 def test_one_file_holds_everything(small, photos, tmp_path):
     save_scorer(small, tmp_path / "m.safetensors")
     again = create_scorer(tmp_path / "m.safetensors", device="cpu", amp="off")
-    assert again.details(photos[:2]) == small.details(photos[:2]) and again.policy == small.policy and again.info == small.info
+    assert (
+        again.details(photos[:2]) == small.details(photos[:2])
+        and again.policy == small.policy
+        and again.info == small.info
+    )
     one = again.details(photos[:1])[0]
     assert one.low < one.score < one.high
     narrower = create_scorer(tmp_path / "m.safetensors", device="cpu", amp="off", level=0.5).details(photos[:1])[0]
@@ -174,7 +216,9 @@ def test_damage_lowers_the_score(scorer):
         assert scorer(photo) > scorer(photo.filter(ImageFilter.GaussianBlur(4))) + 5
 
 
-@pytest.mark.parametrize("name, said", [("smart-light", "smart-lite"), ("gone.safetensors", "no such file"), (".", "model.safetensors")])
+@pytest.mark.parametrize(
+    "name, said", [("smart-light", "smart-lite"), ("gone.safetensors", "no such file"), (".", "model.safetensors")]
+)
 def test_unknown_models_are_named(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((RuntimeError, CheckpointError), match=said):
@@ -202,7 +246,7 @@ def test_fast_policy(photos, scorer, tmp_path):
 
 
 def test_fast_without_a_fast_policy(small, tmp_path):
-    """A model without one says so; another number of crops has no intervals, says so, and never borrows those of the policy."""
+    """A model without one says so; another number of crops has no intervals, and never borrows those of the policy."""
     save_scorer(small, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match="no fast policy"):
         create_scorer(tmp_path / "small.safetensors", fast=True)
@@ -211,11 +255,34 @@ def test_fast_without_a_fast_policy(small, tmp_path):
     with pytest.warns(UserWarning, match="not calibrated with 6 crops"):
         other = create_scorer(tmp_path / "small.safetensors", crops=6, device="cpu")
     assert np.isnan(other.details([Image.new("RGB", (64, 64))])[0].low)
-    assert create_scorer(tmp_path / "small.safetensors", crops=small.policy.crops, device="cpu").calibration == small.calibration
+    assert (
+        create_scorer(tmp_path / "small.safetensors", crops=small.policy.crops, device="cpu").calibration
+        == small.calibration
+    )
 
 
 def test_weights_of_the_scoring_copy_are_its_own(small):
     """bf16 and fused kernels live in a copy: the model that is saved, mapped and differentiated stays fp32."""
     fast = Scorer(small.model, small.policy, device="cpu", amp="on")
     assert {p.dtype for p in fast.model.parameters()} == {torch.float32}
-    assert torch.bfloat16 in {p.dtype for p in fast._fast.backbone.parameters()} and {p.dtype for p in fast._fast.hyper.parameters()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in fast._fast.backbone.parameters()} and {
+        p.dtype for p in fast._fast.head.parameters()
+    } == {torch.float32}
+
+
+@pytest.mark.parametrize("modules", ["smart_iqa", "smart_iqa.app.scoring, smart_iqa.app.folders"])
+def test_importing_takes_no_torch(modules):
+    """Who only looks for pictures or asks for help does not wait for torch; scoring itself imports it."""
+    code = f"import sys, {modules}; print(sorted({{'torch', 'torchvision', 'timm'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_old_import_paths():
+    """What the README of the original and ours have shown."""
+    from smart_iqa import HyperIQA, SmartIQA, load_checkpoint
+    from smart_iqa.data import DataLoader
+
+    assert SmartIQA.__module__ == HyperIQA.__module__ == load_checkpoint.__module__ == "smart_iqa.model"
+    assert DataLoader.__module__ == "smart_iqa.data"
+    assert smart_iqa.create_scorer is create_scorer

@@ -16,7 +16,7 @@ from scipy.io import loadmat, savemat
 
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
-from smart_iqa.sets import FACTS, LIVE_PARTS, LOADERS, DataError, facts_table, set_info
+from smart_iqa.sets import FACTS, LIVE_PARTS, DataError, facts_table, reader_of, set_info
 
 DATA = Path(os.environ.get("SMART_IQA_DATA") or Path(__file__).parents[2] / "shared" / "data").expanduser() / "scores"
 
@@ -44,7 +44,7 @@ def load(name, root, split="none", **values):
 
 
 def raw(name, root, split="official"):
-    return LOADERS[name](root, make_config("lite", dataset=name, root=str(root), split=split))
+    return reader_of(name)(root, make_config("lite", dataset=name, root=str(root), split=split))
 
 
 def told(name, root, *words, split="none", **values):
@@ -92,7 +92,7 @@ def test_facts():
         "koniq-10k": (0, 100), "spaq": (0, 100), "kadid-10k": (1, 5), "agiqa-3k": (0, 5), "live": (112, -3), "livec": (0, 100), "csiq": (1, 0),
         "tid2013": (0, 9), "bid": (0, 5), "biq2021": (0, 1), "demo": (0, 100)}
     table = facts_table()
-    assert list(table.index) == list(FACTS) == list(dict.fromkeys(FACTS)) and set(FACTS) == set(LOADERS)
+    assert list(table.index) == list(FACTS) == list(dict.fromkeys(FACTS))
     lower = table.label.str.contains("lower")
     assert ((table.worst > table.best) == lower).all() and set(table.index[lower]) == {"live", "csiq"}
     assert (table[["kind", "terms", "get", "source"]].drop(["csv", "demo"]) != "").all().all()
@@ -585,7 +585,7 @@ def test_own_labels(tmp_path, kind):
 
 # --- wrong folders
 
-PICTURED = sorted(set(LOADERS) - {"csv", "demo"})
+PICTURED = sorted(set(FACTS) - {"csv", "demo"})
 
 
 @pytest.mark.parametrize("name", PICTURED)

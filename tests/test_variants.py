@@ -1,6 +1,7 @@
-"""The paper's own AFA, afa="projected": counted, recomputed by hand, saved and loaded, trained, exported; and concat left as it was."""
+"""The head of the paper's text, "projected": counted, recomputed by hand, saved and loaded, trained, exported; and "hyper" left as it was."""
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,7 @@ from conftest import picture, prepare, small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from smart_iqa.app.panel import quality_figure
-from smart_iqa.app.scoring import Policy, Scorer
+from smart_iqa.app.scoring import Policy, Scorer, quality_figure
 from smart_iqa.config import make_config, run_id
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.lab.figures import attention_by_decile, attention_table
@@ -31,7 +31,7 @@ KEYS = Path(__file__).parent / "reference" / "checkpoint_keys"
 
 def paper(**arguments) -> SmartIQA:
     torch.manual_seed(0)  # whatever ran before
-    return SmartIQA(**dict(backbone="test_efficientnet", afa="projected", dropout=0.0) | arguments)
+    return SmartIQA(**dict(backbone="test_efficientnet", head="projected", dropout=0.0) | arguments)
 
 
 def shaken(model: SmartIQA, seed: int = 1) -> SmartIQA:
@@ -41,8 +41,8 @@ def shaken(model: SmartIQA, seed: int = 1) -> SmartIQA:
         for name, p in model.named_parameters():
             if not name.startswith("backbone."):
                 p.add_(0.3 * torch.randn_like(p) * (p.std() if p.dim() > 1 else 1.0))
-        if model.gate is not None:
-            model.gate.layers[2].bias.copy_(torch.tensor([-2.0, -0.5, 0.7, 2.5]))
+        if model.head.gate is not None:
+            model.head.gate.layers[2].bias.copy_(torch.tensor([-2.0, -0.5, 0.7, 2.5]))
     return model.eval()
 
 
@@ -74,7 +74,7 @@ def test_parameters(size, channels, golden, gate):
     attention = linear(last, 128) + linear(128, 4)
     want = backbone_parameters(size) + projections + stem + first + second + attention * gate
     assert want == golden - attention * (not gate)
-    assert sum(p.numel() for p in SmartIQA(size, afa="projected", use_attention=gate).parameters()) == want
+    assert sum(p.numel() for p in SmartIQA(size, head="projected", use_attention=gate).parameters()) == want
 
 
 @pytest.mark.parametrize("gate, rank, side", [(True, 8, 96), (False, 8, 96), (True, 3, 160)])
@@ -115,7 +115,7 @@ def test_gate_is_a_sigmoid():
         a = model.last_attention_weights
         assert a.shape == (3, 4) and (a > 0).all() and (a < 1).all() and (a.sum(1) - 1).abs().min() > 0.3
         for k in range(4):
-            bias = model.gate.layers[2].bias
+            bias = model.head.gate.layers[2].bias
             kept = bias.clone()
             bias[k] += 3.0
             after = model(x)
@@ -123,7 +123,7 @@ def test_gate_is_a_sigmoid():
             assert moved[k] > 0.05 and (moved > 1e-6).sum() == 1  # a softmax would move the others too
             assert (after - before).abs().max() > 1e-3
             bias.copy_(kept)
-        model.gate.layers[2].bias.fill_(50)
+        model.head.gate.layers[2].bias.fill_(50)
         model(x)
         assert torch.allclose(model.last_attention_weights, torch.ones(3, 4))
 
@@ -172,7 +172,7 @@ def test_round_trip(arguments, tmp_path):
     model.save_pretrained(tmp_path / "folder")
     with safe_open(tmp_path / "a.safetensors", "pt") as f:
         header = json.loads(f.metadata()["smart_iqa"])
-    assert (header["afa"], header["rank"]) == ("projected", arguments.get("rank", 8))
+    assert (header["head"], header["rank"]) == ("projected", arguments.get("rank", 8))
     for again in (load_checkpoint(tmp_path / "a.safetensors"), SmartIQA.from_pretrained(tmp_path / "folder")):
         assert again.arguments == model.arguments and not again.training
         with torch.no_grad():
@@ -182,22 +182,36 @@ def test_round_trip(arguments, tmp_path):
 @pytest.mark.parametrize("gate, rank", [(True, 8), (False, 2)])
 def test_bare_state_dict_is_detected(gate, rank, tmp_path):
     """No header: the keys tell variant, gate and rank."""
-    model = SmartIQA("tiny", afa="projected", use_attention=gate, rank=rank).eval()
+    model = SmartIQA("tiny", head="projected", use_attention=gate, rank=rank).eval()
     torch.save(model.state_dict(), tmp_path / "bare.pkl")
     again = load_checkpoint(tmp_path / "bare.pkl")
     assert again.arguments == model.arguments | dict(drop_path=again.arguments["drop_path"], dropout=again.arguments["dropout"])
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 
 
-def test_headers_of_before(tmp_path):
-    """A checkpoint whose arguments know no afa is a concat model, unchanged."""
-    model, x = SmartIQA(backbone="test_efficientnet").eval(), crops()
-    old = {k: v for k, v in model.arguments.items() if k != "afa"}
-    assert len(old) == len(model.arguments) - 1 and "rank" not in old
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "old.safetensors", metadata={"smart_iqa": json.dumps(old)})
+@pytest.mark.parametrize("arguments, stored", [({}, {}), ({}, dict(afa="concat")), (dict(head="plain"), dict(afa="concat")),
+                                               (dict(head="projected"), dict(afa="projected", head="hyper", rank=8))], ids=str)
+def test_headers_of_before(arguments, stored, tmp_path):
+    """Headers had a field afa, and older ones had not; both load to the same numbers."""
+    model, x = SmartIQA(backbone="test_efficientnet", **arguments).eval(), crops()
+    old = model.arguments | stored
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"smart_iqa": json.dumps(old)})
     again = load_checkpoint(tmp_path / "old.safetensors")
+    assert again.arguments == model.arguments
     with torch.no_grad():
-        assert again.arguments == model.arguments and torch.equal(again(x), model(x))
+        assert torch.equal(again(x), model(x))
+
+
+def test_runs_of_before():
+    """A stored configuration with afa is the same run under the same id."""
+    ids = {"concat": "biq2021-lite-s0-f62093fdbc", "projected": "biq2021-lite-s0-b2d06a4ded"}
+    for afa, known in ids.items():
+        stored = asdict(make_config("lite")) | dict(afa=afa)
+        assert run_id(make_config(**stored), "data") == known
+    assert make_config(**stored) == make_config("lite", head="projected")
+    assert run_id(make_config("paper"), "data") == "koniq-10k-base-s42-e57f16698f"
+    assert run_id(make_config("demo", head="plain"), "data") == "demo-lite-s0-8bfab0b097"
 
 
 def test_variants_are_not_mistaken(tmp_path):
@@ -211,9 +225,9 @@ def test_variants_are_not_mistaken(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (dict(afa="paper"), "unknown afa 'paper'.*concat, projected"),
+    (dict(head="paper"), "unknown head 'paper'.*hyper, plain, projected"),
     (dict(use_multiscale=False, use_attention=False), "use_multiscale=False"), (dict(use_multiscale=False), "use_multiscale=False"),
-    (dict(head="plain"), "head='plain'.*concat"), (dict(rank=0), "rank=0"), (dict(rank=129), "rank=129.*128")], ids=str)
+    (dict(head="plain", rank=3), "option of head 'plain' 'rank'"), (dict(rank=0), "rank=0"), (dict(rank=129), "rank=129.*128")], ids=str)
 def test_what_it_cannot_do(arguments, told):
     with pytest.raises(ValueError, match=told):
         paper(**arguments)
@@ -221,13 +235,17 @@ def test_what_it_cannot_do(arguments, told):
 
 # -- in a run -------------------------------------------------------------------------------------------------------------
 def test_configuration_reaches_the_model():
-    """Concat unless asked; the name of the run changes; a wrong word is an error."""
+    """Hyper unless asked; the name of the run changes; a wrong word is an error."""
     values = dict(backbone="test_efficientnet", pretrained="none", device="cpu")
-    models = {afa: make_model(make_config("lite", afa=afa, **values)) for afa in (None, "concat", "projected")}
-    assert [m.arguments["afa"] for m in models.values()] == ["concat", "concat", "projected"] and make_config("paper").afa == "concat"
-    assert build_model("smart", backbone="test_efficientnet").arguments["afa"] == "concat" and not hasattr(HyperIQA(), "project")
-    assert len({run_id(make_config("lite", afa=afa), "t") for afa in (None, "concat", "projected")}) == 2
-    with pytest.raises(ValueError, match="afa='paper': choose one of concat, projected"):
+    models = {head: make_model(make_config("lite", head=head, **values)) for head in (None, "hyper", "projected")}
+    assert [m.arguments["head"] for m in models.values()] == ["hyper", "hyper", "projected"]
+    assert make_config("paper").head == "hyper"
+    assert build_model("smart", backbone="test_efficientnet").arguments["head"] == "hyper"
+    assert not hasattr(HyperIQA().head, "project")
+    assert len({run_id(make_config("lite", head=head), "t") for head in (None, "hyper", "projected")}) == 2
+    with pytest.raises(ValueError, match="unknown head 'paper'"):
+        make_model(make_config("lite", head="paper", **values))
+    with pytest.raises(ValueError, match="unknown parameter 'afa'"):
         make_config("lite", afa="paper")
 
 
@@ -241,7 +259,7 @@ def test_start_from_the_other_variant_is_refused(tmp_path):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_it_trains(frozen, standin, tmp_path):
     """All of it moves, or with frozen features the heads alone; the loss falls; attention goes into the table and its figure."""
-    cfg = small_config(standin, afa="projected", frozen=frozen, epochs=25 if frozen else 4, lr=3e-3, dropout=0.0)
+    cfg = small_config(standin, head="projected", frozen=frozen, epochs=25 if frozen else 4, lr=3e-3, dropout=0.0)
     _, feed, model = prepare(cfg)
     if frozen:
         feed = FrozenFeed(model, feed.cache, feed.table, cfg, feed.device)
@@ -261,7 +279,7 @@ def test_it_trains(frozen, standin, tmp_path):
 
 def test_frozen_features_serve_both(standin):
     """Both variants read the same pooled maps, so a file of features is one for both, and scores by it are the whole model's."""
-    cfg = small_config(standin, afa="projected")
+    cfg = small_config(standin, head="projected")
     _, feed, model = prepare(cfg)
     other = make_model(small_config(standin)).eval()
     other.backbone.load_state_dict(model.backbone.state_dict())
@@ -281,7 +299,7 @@ def scorer():
     return Scorer(model, Policy(110, "short", 96, 6), None, dict(name="toy"), device="cpu", amp="off")
 
 
-def test_scorer_and_panel(scorer):
+def test_scorer_and_figure(scorer):
     """Four weights a picture, in the table and beside the picture."""
     photos = [picture(0, 150, 130), picture(3, 240, 130, 60.0)]
     t = scorer.table(photos)

@@ -27,8 +27,8 @@ from ..heads import SigmoidGate
 def watch(model: nn.Module) -> Iterator[dict]:
     "Input and output of each part of the heads that runs in the context, by its name in the model: seen[name] is (input, output)."
     seen = {}
-    handles = [m.register_forward_hook(lambda _, given, made, name=name: seen.__setitem__(name, (given[0], made)))
-               for name, m in model.named_modules() if name and not name.startswith("backbone.")]
+    handles = [m.register_forward_hook(lambda _, given, made, name=name.removeprefix("head."): seen.__setitem__(name, (given[0], made)))
+               for name, m in model.named_modules() if name.startswith("head.")]
     try: yield seen
     finally:
         for h in handles: h.remove()
@@ -83,14 +83,14 @@ class _Reader:
 
     def layer(self, block: str, name: str, path: str, then: str = "") -> Part:  # path: in the model
         "The part that a convolution or linear layer is."
-        m = self.model.get_submodule(path)
+        m = self.model.head.get_submodule(path)
         how = f"{m.kernel_size[0]} × {m.kernel_size[1]} conv" if isinstance(m, nn.Conv2d) else "linear"
         return Part(block, name, how + then, _shape(self.seen[path][1]), _size(m))
 
     def into(self, path: str): return self.seen[path][0]
 
     def paths(self, path: str, kind) -> list[str]:  # of the layers of a kind below a module, in order
-        return [f"{path}.{n}" for n, m in self.model.get_submodule(path).named_modules() if isinstance(m, kind)]
+        return [f"{path}.{n}" for n, m in self.model.head.get_submodule(path).named_modules() if isinstance(m, kind)]
 
 # %% ../../nbs/lab/architecture.ipynb #af6fb812
 def _backbone(r: _Reader, x: torch.Tensor, maps: list) -> list[Part]:
@@ -111,7 +111,7 @@ def _gate(r: _Reader) -> list[Part]:
     if "gate" not in r.seen: return []
     hidden, last = r.paths("gate", nn.Linear)
     return [Part("gate", "mean of stage 4", "global average pool", _shape(r.into("gate"))), r.layer("gate", "gate hidden", hidden, ", ReLU"),
-            r.layer("gate", "gate", last, ", sigmoid" if isinstance(r.model.gate, SigmoidGate) else ", softmax")]
+            r.layer("gate", "gate", last, ", sigmoid" if isinstance(r.model.head.gate, SigmoidGate) else ", softmax")]
 
 
 def _afa(r: _Reader, content: list) -> list[Part]:  # content: the stages at 7 x 7
@@ -127,7 +127,7 @@ def _afa(r: _Reader, content: list) -> list[Part]:  # content: the stages at 7 x
 def _hyper(r: _Reader) -> list[Part]:
     "Stem, mean, and the layers that write the target network: W1, b1, W2, ..."
     stem = [r.layer("hyper", f"stem {k}", p, ", ReLU") for k, p in enumerate(r.paths("hyper.stem", nn.Conv2d), 1)]
-    own = [n for n, _ in r.model.hyper.named_children()]
+    own = [n for n, _ in r.model.head.hyper.named_children()]
     if "content" in own:  # a plain regressor: content reaches it as a part of the first bias
         writers = [("b1", "hyper.content")]
     else:
@@ -139,7 +139,7 @@ def _hyper(r: _Reader) -> list[Part]:
 
 def _target(r: _Reader, score: torch.Tensor) -> list[Part]:
     "The layers with their (out, in) weights, learned or generated, and the score."
-    made, hyper = r.seen["hyper"][1], r.model.hyper
+    made, hyper = r.seen["hyper"][1], r.model.head.hyper
     learned = {p.untyped_storage()._cdata for p in r.model.parameters()}
     parts = [r.layer("target", "Vz", "hyper.basis", ", learned")] if "hyper.basis" in r.seen else []
     for k, (w, b) in enumerate(made, 1):
@@ -154,7 +154,7 @@ def trace_model(
 ) -> Trace:
     "Parts, shapes and parameters of a model, from one forward pass. The model is left as it was. ValueError where a parameter belongs to no part."
     if x is None: x = torch.zeros(1, 3, 224, 224, device=next(model.parameters()).device)
-    modes, attention = [(m, m.training) for m in model.modules()], model.last_attention_weights
+    modes, attention = [(m, m.training) for m in model.modules()], model.head.attention
     try:
         with watch(model.eval()) as seen, torch.no_grad():
             maps = model.features(x)
@@ -162,7 +162,7 @@ def trace_model(
             score = model.head(pooled)
     finally:
         for m, mode in modes: m.training = mode
-        model.last_attention_weights = attention
+        model.head.attention = attention
     r = _Reader(model, seen)
     parts = [*_backbone(r, x, maps), *_lda(r), *_gate(r), *_afa(r, pooled[len(maps):]), *_hyper(r), *_target(r, score)]
     if (told := sum(p.parameters for p in parts)) != _size(model):
@@ -173,7 +173,7 @@ def trace_model(
 def _title(model) -> str:  # as this repository calls the model
     a = model.arguments
     if a["method"] == "hyperiqa": return "HyperIQA"
-    said = {"without AFA": not a["use_multiscale"], "projected AFA": a["afa"] == "projected", "without gate": a["use_multiscale"] and not a["use_attention"], "plain head": a["head"] == "plain"}
+    said = {"without AFA": not a["use_multiscale"], "projected AFA": a["head"] == "projected", "without gate": a["use_multiscale"] and not a["use_attention"], "plain head": a["head"] == "plain"}
     return ", ".join([f"SMART-IQA {a['model_size']}" if a["backbone"] is None else "SMART-IQA", *(w for w, so in said.items() if so)])
 
 # %% ../../nbs/lab/architecture.ipynb #cb52cf99

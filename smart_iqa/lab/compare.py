@@ -76,7 +76,7 @@ def summarise(
 def _by_seed(runs: dict[int, dict], seeds, part: str) -> pd.DataFrame:
     "Predictions of one split: a row per image, a column per seed."
     return pd.concat(
-        [part_of(runs[s]["predictions"], part).set_index("image").pred.rename(s) for s in seeds], axis=1,
+        [part_of(runs[s]["predictions"], part).set_index("image").pred.rename(index=s) for s in seeds], axis=1,
     )
 
 

@@ -288,7 +288,6 @@ def project(
         problems.append(f"disk: needs {_gb(totals['disk'])}, {machine.name} has {machine.disk_gb:.0f} GB: {mend}; or cache= on another disk, or delete what finished experiments left")
     assumptions = [f"measured {max(told['kinds'][kind_key(r.cfg)].get('measured', 'just now') for r in runs)} under the load of that time; another load is another time",
                    "as many epochs as are asked for; patience may stop earlier" if any(r.cfg.patience and r.cfg.patience < r.cfg.epochs for r in runs) else "",
-                   "runs with several processes take as long as with one: how much faster they are is not measured" if any(r.cfg.processes > 1 for r in runs) else "",
                    "decoding on all cores is that many times faster",
                    "not counted: fitting ridge regressions, writing checkpoints, and the tables and figures of the experiments themselves",
                    f"a model reaches the same part of the rate of matrix products on {machine.name} as here, unless utilisation= is given" if machine.described and not machine.utilisation else "",
@@ -326,7 +325,7 @@ def against(
     told = measure([run], steps, again=again, echo=echo)
     cost, done = cost_of(run, told, machine_here(told)), len(history)
     part = done / cfg.epochs
-    rows = [("training", cost.seconds["train"] * part, history.seconds.sum(), f"{done} epochs" + (f"; the run had {cfg.processes} processes, the projection has one" if cfg.processes > 1 else ""))]
+    rows = [("training", cost.seconds["train"] * part, history.seconds.sum(), f"{done} epochs")]
     if "val_seconds" in history and history.val_seconds.notna().all():
         rows.append(("validation", cost.seconds["validate"] * part, history.val_seconds.sum(), f"{done} epochs"))
     shared = sum(s for _, s, _ in cost.shared.values())

@@ -90,14 +90,14 @@ class FirstBatches(CropFeed):
         yield from islice(super().train_batches(epoch, first, rank, world), len(self) - first)
 
 # %% ../../nbs/lab/probe.ipynb #f63a265c
-_KIND = ("method", "head", "model_size", "backbone", "use_multiscale", "use_attention", "afa", "crop", "batch_size", "frozen", "freeze_batchnorm", "amp", "device", "threads")
+_KIND = ("method", "head", "model_size", "backbone", "use_multiscale", "use_attention", "crop", "batch_size", "frozen", "freeze_batchnorm", "amp", "device", "threads")
 
 
 def kind_of(cfg: Config) -> dict:
     "The parameters that decide what a step takes."
     kind = {k: getattr(cfg, k) for k in _KIND} | dict(ema=0.5 if cfg.ema else 0.0, optimizer=cfg.optimizer)
     if cfg.method == "hyperiqa":  # takes no part of these
-        kind |= {k: getattr(Config, k) for k in ("head", "model_size", "backbone", "use_multiscale", "use_attention", "afa")}
+        kind |= {k: getattr(Config, k) for k in ("head", "model_size", "backbone", "use_multiscale", "use_attention")}
     return kind
 
 
@@ -105,7 +105,7 @@ def kind_name(kind: dict) -> str:
     "A kind in words."
     model = "HyperIQA" if kind["method"] == "hyperiqa" else kind["backbone"] or kind["model_size"]
     parts = [f"{kind['head']} head" if kind["head"] != "hyper" else "", "" if kind["use_multiscale"] else "last stage", "" if kind["use_attention"] or not kind["use_multiscale"] else "no gate",
-             "projected" if kind["afa"] != "concat" else "", "on frozen features" if kind["frozen"] else "", "EMA" if kind["ema"] else ""]
+             "on frozen features" if kind["frozen"] else "", "EMA" if kind["ema"] else ""]
     return ", ".join(p for p in (f"{model}, {kind['batch_size']} x {kind['crop']}²", *parts) if p)
 
 # %% ../../nbs/lab/probe.ipynb #88f22a42

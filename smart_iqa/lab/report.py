@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'MODELS', 'DOMAINS', 'SIDE_BY_SIDE', 'Step', 'parameters_for', 'pick_steps', 'same_notebook', 'made_of',
-           'run_paper', 'read_experiments', 'claims_table', 'collect', 'report_html']
+           'run_paper', 'OfflinePage', 'read_experiments', 'claims_table', 'collect', 'article', 'report_notebook',
+           'report_html']
 
 # %% ../../nbs/lab/report.ipynb #0851d70d
 import hashlib
-import html
 import json
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,11 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from markdown_it import MarkdownIt
+from jinja2 import pass_context
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from traitlets.config import Config
 
 import smart_iqa
 from ..config import check_names, fingerprint
@@ -220,24 +223,70 @@ def _at_work(where: Path) -> dict[str, Path]:
     "The folders below which something goes on, or has failed."
     return {f.name: f for f in sorted(where.iterdir()) if f.is_dir() and not is_finished(f)}
 
+# %% ../../nbs/lab/report.ipynb #3e88b60d
+_TEMPLATE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_css %}<style>main { max-width: 64rem; margin: auto; padding: 1rem; } math { font-size: 1.1em; }
+table { display: block; overflow-x: auto; } h1 { border-top: 1px solid #ccc; padding-top: 0.6em; }
+.celltag_exported .jp-InputArea { border-left: 3px solid #58a; }</style>{% endblock %}"""
+
+
+class _Prose(IPythonRenderer):
+    "Markdown as HTML: formulas as MathML, HTML as text, and each link where `link_to` sends it."
+
+    def __init__(self, link_to: Callable[[str], str | None], **options):
+        super().__init__(escape=True, **options)
+        self.link_to = link_to
+
+    def inline_math(self, body: str) -> str:
+        return convert(body)
+
+    def block_math(self, body: str) -> str:
+        return convert(body, display="block")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return convert(rf"\begin{{{name}}}{body}\end{{{name}}}", display="block")
+
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        target = self.link_to(url)
+        return super().link(text, target, title) if target else text
+
+
+class OfflinePage(HTMLExporter):
+    "Turn a notebook into one HTML page that loads nothing from elsewhere. `link_to` gets each link's target and returns another, or None for plain text."
+
+    def __init__(self, link_to: Callable[[str], str | None] = str, **options):
+        super().__init__(raw_template=_TEMPLATE, embed_images=True, **options)
+        self.link_to = link_to
+
+    @pass_context
+    def markdown2html(self, context, source: str) -> str:
+        "Convert Markdown, as the template asks for it."
+        attachments = context.get("cell", {}).get("attachments", {})
+        path = context.get("resources", {}).get("metadata", {}).get("path", "")
+        options = dict(embed_images=True, exclude_anchor_links=self.exclude_anchor_links, path=path)
+        prose = _Prose(self.link_to, attachments=attachments, **options)
+        return MarkdownWithMath(renderer=prose).render(source)
+
 # %% ../../nbs/lab/report.ipynb #80b5197e
 def read_experiments(
     batch: str | Path,            # the folder in which the experiments lie
     experiments: dict[str, str],  # notebook to the name of its folder
 ) -> dict[str, dict]:             # notebook to its record, with its folder
     "The records of finished experiments. ValueError names one that is not there."
-    found = {}
+    records = {}
     for name, folder in experiments.items():
         path = Path(batch) / folder / "record.json"
         if not path.exists():
             raise ValueError(f"{path}: experiment {name} has no record: run smart-iqa paper again")
-        found[name] = json.loads(path.read_text(encoding="utf-8")) | {"folder": str(path.parent)}
-    return found
+        records[name] = json.loads(path.read_text(encoding="utf-8")) | {"folder": str(path.parent)}
+    return records
 
 
 def claims_table(records: dict[str, dict]) -> pd.DataFrame:  # experiment, claim, published, measured, verdict
     "All claims that the experiments tested."
-    return pd.DataFrame([dict(experiment=name) | c for name, r in records.items() for c in r.get("claims", [])], columns=["experiment", "claim", "published", "measured", "verdict"])
+    claims = [dict(experiment=name) | claim for name, record in records.items() for claim in record.get("claims", [])]
+    return pd.DataFrame(claims, columns=["experiment", "claim", "published", "measured", "verdict"])
 
 
 def collect(records: dict[str, dict], to: str | Path) -> list[Path]:
@@ -254,47 +303,58 @@ def collect(records: dict[str, dict], to: str | Path) -> list[Path]:
     return copied
 
 # %% ../../nbs/lab/report.ipynb #c717c141
-_MD = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-_STYLE = """body{font:16px/1.5 Georgia,serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2,h3{font-family:system-ui,sans-serif;line-height:1.2}
-h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}table{border-collapse:collapse;font:13px/1.35 system-ui,sans-serif;display:block;overflow-x:auto;margin:1rem 0}
-th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}th{border-bottom:2px solid #888}img{max-width:100%}pre{white-space:pre-wrap;background:#f5f5f5;padding:.6rem;font-size:13px}
-nav{font:14px/1.7 system-ui,sans-serif;columns:3}.missing{color:#8a4b00}code{font-size:90%}"""
+_SKIPPED = ("## The record", "## The files")        # sections about the folder itself
+_COMMITTED = "The outputs below are of"              # a paragraph about the committed notebook, not about this run
 
 
-def _prose(markdown: str) -> str:
-    "Markdown as HTML: headings one level lower, links that lead out of the report as plain text."
-    text = re.sub(r"(</?h)([1-5])>", lambda m: f"{m[1]}{int(m[2]) + 1}>", _MD.render(markdown))
-    return re.sub(r'<a href="(?!https?:|#)[^"]*">(.*?)</a>', r"\1", text, flags=re.DOTALL)
+def _outputs(cell: nbformat.NotebookNode) -> list:
+    "What a reader of the report sees of a cell: tables, figures and what was printed."
+    shown = []
+    for output in cell.get("outputs", []):
+        text = output.get("text", "") or output.get("data", {}).get("text/plain", "")
+        bare = not {"image/png", "text/markdown"} & set(output.get("data", {}))
+        if output.output_type == "error" or (output.output_type == "stream" and output.name != "stdout"):
+            continue
+        if not (bare and text.startswith(("record:", "<"))):
+            shown.append(output)
+    return shown
 
 
-def _article(notebook: Path) -> str:
-    "The prose and the outputs of an executed notebook as HTML, without code. Text is escaped; HTML outputs are left out in favour of their text or Markdown."
-    parts = []
-    for cell in nbformat.read(notebook, 4).cells:
-        cell.source = re.sub(r"The outputs below are of.*?(?=\n\s*\n|\Z)", "", cell.source, flags=re.DOTALL) if cell.cell_type == "markdown" else cell.source  # of the committed notebook, not of this run
-        if cell.cell_type == "markdown" and not re.fullmatch(r"## The (record|files)\s*.*", cell.source, re.DOTALL):
-            parts.append(_prose(cell.source))
-        for o in cell.get("outputs", []):
-            data = o.get("data", {})
-            if "image/png" in data:
-                parts.append(f'<p><img alt="" src="data:image/png;base64,{"".join(data["image/png"].split())}"></p>')
-            elif "text/markdown" in data:
-                parts.append(_MD.render(data["text/markdown"]))
-            elif o.output_type == "stream" and o.name == "stdout" and not o.text.startswith("record:"):
-                parts.append(f"<pre>{html.escape(o.text)}</pre>")
-            elif o.output_type in ("execute_result", "display_data") and "text/plain" in data and not data["text/plain"].startswith("<"):
-                parts.append(f"<pre>{html.escape(data['text/plain'])}</pre>")
-    return "\n".join(parts)
+def article(name: str, record: dict) -> list[nbformat.NotebookNode]:
+    "Return an experiment's cells for the report: prose, outputs and what could not be run. The first cell's id is the experiment's name."
+    cells = []
+    for cell in nbformat.read(Path(record["folder"]) / "run.ipynb", 4).cells:
+        if cell.cell_type == "markdown":
+            paragraphs = [p for p in cell.source.split("\n\n") if not p.lstrip().startswith(_COMMITTED)]
+            cell.source = "\n\n".join(paragraphs)
+            keep = not cell.source.startswith(_SKIPPED)
+        else:
+            cell.outputs = _outputs(cell) if cell.cell_type == "code" else []
+            keep = bool(cell.outputs)
+        cells += [cell] if keep else []
+    cells += [nbformat.v4.new_markdown_cell(f"Not here: {missing}") for missing in record.get("missing", [])]
+    for k, cell in enumerate(cells):
+        cell.id = f"{name}-{k}" if k else name
+    return cells
 
-
-def report_html(
+# %% ../../nbs/lab/report.ipynb #46837929
+def report_notebook(
     records: dict[str, dict],  # of `read_experiments`
     head: str,                 # Markdown: what this is, and the tables above the articles
     title: str,
-) -> str:
-    "One HTML file with every experiment; nothing in it is loaded from elsewhere."
-    nav = "".join(f'<a href="#{html.escape(n)}">{html.escape(n)}</a><br>' for n in records)
-    sections = "".join(f'<section id="{html.escape(n)}">{_article(Path(r["folder"]) / "run.ipynb")}'
-                       + "".join(f'<p class="missing">Not here: {html.escape(str(m))}</p>' for m in r.get("missing", [])) + "</section>" for n, r in records.items())
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
-            f'<body><h1>{html.escape(title)}</h1>{_MD.render(head)}<nav>{nav}</nav>{sections}</body></html>')
+) -> nbformat.NotebookNode:
+    "Return the report as a notebook: the head, a list of contents, and every experiment's article."
+    contents = " · ".join(f"[{name}](#cell-id={name})" for name in records)
+    cells = [nbformat.v4.new_markdown_cell(text) for text in (f"# {title}\n\n{head}", contents) if text]
+    for name, record in records.items():
+        cells += article(name, record)
+    return nbformat.v4.new_notebook(cells=cells, metadata=dict(title=title))
+
+
+def report_html(records: dict[str, dict], head: str, title: str) -> str:
+    "Return the report as one HTML page; nothing in it is loaded from elsewhere, and links that lead into the repository are plain text."
+    only = Config(NbConvertBase=dict(display_data_priority=["image/png", "text/markdown", "text/plain"]))
+    page = OfflinePage(
+        lambda url: url if url.startswith(("https://", "http://", "#")) else None,
+        config=only, exclude_input=True, exclude_anchor_links=True)
+    return page.from_notebook_node(report_notebook(records, head, title))[0]
