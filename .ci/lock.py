@@ -1,4 +1,6 @@
-"""Pin the environment: write .ci/requirements.lock, every distribution that the package and its extras pull in, as installed here."""
+"""Pin the environment: write .ci/requirements.lock, with every distribution that the package and its extras pull in, as
+installed here.
+"""
 import platform
 from collections.abc import Iterable
 from configparser import ConfigParser

@@ -1,4 +1,6 @@
-"""Training in two real processes against one: loss curves, predictions, resuming, and what happens when one is killed."""
+"""Training in two real processes against one: loss curves, predictions, resuming, and what happens when one is
+killed."""
+
 import json
 import socket
 import subprocess
@@ -65,8 +67,16 @@ devices.leave()
 
 
 def opened(folder, standin, **values):
-    """A run folder that is open: a small backbone without batch norms, and no dropout (the gate has one), for each process draws its own."""
-    given = dict(backbone="test_convnext", use_attention=False, dropout=0.0, drop_path=0.0, epochs=2, cache=str(standin / "cache"))
+    """A run folder that is open: a small backbone without batch norms, and no dropout (the gate has one), for each
+    process draws its own."""
+    given = dict(
+        backbone="test_convnext",
+        use_attention=False,
+        dropout=0.0,
+        drop_path=0.0,
+        epochs=2,
+        cache=str(standin / "cache"),
+    )
     cfg = small_config(standin, **given | values)
     open_run(folder, cfg, load_set(cfg), keep=False)
     return folder
@@ -78,7 +88,9 @@ def alone(folder, batches=None):
     found = load_set(cfg)
     cache = build_cache(found, cfg.size, cfg.fit, cfg.cache)
     model = make_model(cfg, float(found.part("train").score.mean()))
-    feed = (FrozenFeed if cfg.frozen else CropFeed)(*([model] if cfg.frozen else []), cache, found.table, cfg, torch.device("cpu"))
+    feed = (FrozenFeed if cfg.frozen else CropFeed)(
+        *([model] if cfg.frozen else []), cache, found.table, cfg, torch.device("cpu")
+    )
     solver = Solver(model, feed, cfg, folder)
     if batches:
         whole, seen = feed.train_batches, [0]
@@ -99,14 +111,25 @@ def alone(folder, batches=None):
 
 
 def curve(folder):
-    return read_lines(folder / "metrics.jsonl")[["epoch", "train_loss", "val_srcc", "val_plcc", "lr_backbone", "lr_head"]].to_numpy(float)
+    return read_lines(folder / "metrics.jsonl")[
+        ["epoch", "train_loss", "val_srcc", "val_plcc", "lr_backbone", "lr_head"]
+    ].to_numpy(float)
 
 
 def command(*words, processes=2, launcher="torchrun"):
     """The command line that trains in several processes of this machine."""
-    line = dict(torchrun=["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
-                accelerate=["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1",
-                            "--mixed_precision=bf16", "--dynamo_backend=no", "--main_process_port=0"])
+    line = dict(
+        torchrun=["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
+        accelerate=[
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            f"--num_processes={processes}",
+            "--num_machines=1",
+            "--mixed_precision=bf16",
+            "--dynamo_backend=no",
+            "--main_process_port=0",
+        ],
+    )
     return [sys.executable, "-m", *line[launcher], *map(str, words)]
 
 
@@ -119,7 +142,8 @@ def start(*words, **options):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, standin):
-    """Every case by one process and by two, all in one launch by Accelerate; among them a run that one process began, and one stopped in its second epoch."""
+    """Every case by one process and by two, all in one launch by Accelerate; among them a run that one process began,
+    and one stopped in its second epoch."""
     root, each = tmp_path_factory.mktemp("devices"), dict(checkpoint_minutes=0.0)
     more = dict(norms=dict(backbone="test_efficientnet"), begun=CASES["l1"] | each, stopped=CASES["l1"] | each)
     two = {n: opened(root / "two" / n, standin, **v) for n, v in (CASES | more).items()}
@@ -158,7 +182,9 @@ def test_learning_batch_norms_are_said(pairs):
     """Once in the output and in the run's environment; where there are none, nothing is said."""
     root, said = pairs
     norms, none = (json.loads((root / "two" / n / "environment.json").read_text()) for n in ("norms", "l1"))
-    assert said.count("batch norms learn") == 1 and "freeze_batchnorm" in norms["batch_norms"] and norms["processes"] == 2
+    assert (
+        said.count("batch norms learn") == 1 and "freeze_batchnorm" in norms["batch_norms"] and norms["processes"] == 2
+    )
     assert "batch_norms" not in none and none["processes"] == 2
     assert "processes" not in json.loads((root / "one" / "l1" / "environment.json").read_text())
 
@@ -187,7 +213,8 @@ def wait_for(what, seconds=120):
 
 
 def test_killed_processes(pairs, standin):
-    """kill -9 of one of two ends the launch, which names the signal; kill -9 of torchrun ends both; the same line resumes the run each time."""
+    """kill -9 of one of two ends the launch, which names the signal; kill -9 of torchrun ends both; the same line
+    resumes the run each time."""
     values = CASES["l1"] | dict(threads=1, epochs=40, schedule="constant", checkpoint_minutes=0.0)
     folder = opened(pairs[0] / "killed", standin, **values)
     journal = folder / "metrics.jsonl"
@@ -234,8 +261,13 @@ def test_the_error_says_what_a_process_said(pairs, standin):
 def test_a_held_folder_is_refused(pairs, standin):
     """Two launches do not train one run: the second says why, and changes nothing."""
     folder = opened(pairs[0] / "held", standin, **CASES["l1"])
-    hold = "import sys; from smart_iqa.lab.runs import hold_by_hand; hold_by_hand(sys.argv[1]); print('here', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hold = (
+        "import sys; from smart_iqa.lab.runs import hold_by_hand; hold_by_hand(sys.argv[1]); "
+        "print('here', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "here\n"
     error = failing(folder)
     assert "Busy: " in error and "another process works here" in error and not (folder / "metrics.jsonl").exists()
@@ -245,10 +277,35 @@ def test_a_held_folder_is_refused(pairs, standin):
 
 @pytest.mark.slow
 def test_the_notebook_after_torchrun(tmp_path, standin):
-    """A run that torchrun trained, with its parameters, in two processes of one machine and of two: `train` then writes the record that one process makes."""
-    given = dict(dataset="csv", root=str(standin), labels="labels.csv", score_range="0,100", backbone="test_convnext", use_attention=False, dropout=0.0,
-                 drop_path=0.0, pretrained="none", size=64, crop=64, train_crops=1, val_crops=2, test_crops=4, epochs=2, batch_size=8, patience=0, amp="off",
-                 device="cpu", group_duplicates=False, cache=str(tmp_path / "cache"), threads=2, loss="plcc", profile="lite", baseline=False)
+    """A run that torchrun trained, with its parameters, in two processes of one machine and of two: `train` then writes
+    the record that one process makes."""
+    given = dict(
+        dataset="csv",
+        root=str(standin),
+        labels="labels.csv",
+        score_range="0,100",
+        backbone="test_convnext",
+        use_attention=False,
+        dropout=0.0,
+        drop_path=0.0,
+        pretrained="none",
+        size=64,
+        crop=64,
+        train_crops=1,
+        val_crops=2,
+        test_crops=4,
+        epochs=2,
+        batch_size=8,
+        patience=0,
+        amp="off",
+        device="cpu",
+        group_duplicates=False,
+        cache=str(tmp_path / "cache"),
+        threads=2,
+        loss="plcc",
+        profile="lite",
+        baseline=False,
+    )
 
     def words(out):
         return [f"{k}={v}" for k, v in (given | dict(out=out)).items()]
@@ -262,8 +319,22 @@ def test_the_notebook_after_torchrun(tmp_path, standin):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    lines = [[sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={k}", "--nproc-per-node=1", "--master-addr=127.0.0.1",
-              f"--master-port={port}", "-m", "smart_iqa.lab.runs", *words(tmp_path / "3")] for k in (0, 1)]
+    lines = [
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node-rank={k}",
+            "--nproc-per-node=1",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+            "-m",
+            "smart_iqa.lab.runs",
+            *words(tmp_path / "3"),
+        ]
+        for k in (0, 1)
+    ]
     for p in [subprocess.Popen(line) for line in lines]:
         assert p.wait(300) == 0
     assert np.allclose(curve(tmp_path / "3" / "runs" / one.name), curve(one), rtol=1e-4, atol=1e-4)
@@ -310,4 +381,6 @@ def test_a_clock_that_jumps(standin, tmp_path, monkeypatch):
     saved, save = [], training.save_resume_point
     monkeypatch.setattr(training, "save_resume_point", lambda solver: (saved.append(1), save(solver)))
     solver = alone(opened(tmp_path / "run", standin, epochs=1, checkpoint_minutes=0.0))
-    assert all(solver.history[0][k] >= 0 for k in ("seconds", "val_seconds")) and len(saved) == 5  # four steps and the epoch's end
+    assert (
+        all(solver.history[0][k] >= 0 for k in ("seconds", "val_seconds")) and len(saved) == 5
+    )  # four steps and the epoch's end

@@ -1,4 +1,6 @@
-"""Parity with the published models: scores and attention to 1e-4, parameters exactly, every published key list loads."""
+"""Parity with the published models: scores and attention to 1e-4, parameters exactly, every published key list
+loads."""
+
 import json
 import zlib
 from pathlib import Path
@@ -43,7 +45,9 @@ def test_golden(name, tmp_path):
     model = load_checkpoint(tmp_path / "published.pkl")
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
-    x = torch.from_numpy(np.random.RandomState(GOLDEN["image_seed"]).standard_normal((2, 3, 224, 224)).astype("float32"))
+    x = torch.from_numpy(
+        np.random.RandomState(GOLDEN["image_seed"]).standard_normal((2, 3, 224, 224)).astype("float32")
+    )
     with torch.no_grad():
         pooled = model.pool(model.features(x))
         score = model.head(pooled)

@@ -30,7 +30,8 @@ SOURCE = {name_of(p): nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
-    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its temporary files go with it."""
+    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its
+    temporary files go with it."""
     monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path / "cache"))
     with tempfile.TemporaryDirectory() as short:  # the path of a socket may have some hundred characters
         room = Path(short) / "t"
@@ -49,12 +50,16 @@ def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
 def test_package_equals_export(tmp_path):
     """nbdev_export in a copy of the project changes no file of the package."""
     for name in ("nbs", "smart_iqa"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
     shutil.copy(ROOT / "settings.ini", tmp_path)
     for file in (tmp_path / "smart_iqa").rglob("[!_]*.py"):
         file.unlink()  # what no notebook exports must not survive
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, timeout=300)
-    names, exported = ({p.relative_to(r / "smart_iqa").as_posix() for p in (r / "smart_iqa").rglob("*.py")} for r in (ROOT, tmp_path))
+    names, exported = (
+        {p.relative_to(r / "smart_iqa").as_posix() for p in (r / "smart_iqa").rglob("*.py")} for r in (ROOT, tmp_path)
+    )
     assert names == exported
     _, different, errors = filecmp.cmpfiles(ROOT / "smart_iqa", tmp_path / "smart_iqa", sorted(names), shallow=False)
     assert not different + errors
@@ -62,7 +67,8 @@ def test_package_equals_export(tmp_path):
 
 @pytest.mark.parametrize("name", SOURCE)
 def test_notebook_is_clean(name):
-    """Kernel 'python3' (else papermill fails elsewhere), no error output, no execution counts, no star import in exports."""
+    """Kernel 'python3' (else papermill fails elsewhere), no error output, no execution counts, no star import in
+    exports."""
     nb = SOURCE[name]
     assert nb.metadata.kernelspec.name == "python3"
     for cell in nb.cells:
@@ -72,9 +78,25 @@ def test_notebook_is_clean(name):
             assert not (cell.source.startswith("#| export") and re.search(r"import \*", cell.source))
 
 
+@pytest.mark.parametrize("name", SOURCE)
+def test_cells_are_short(name):
+    """No code cell is longer than 60 lines; only the parameters of `train`, which Config writes, need more."""
+    cells = [c for c in SOURCE[name].cells if c.cell_type == "code"]
+    long = [c.id for c in cells if c.source.count("\n") >= 60 and "parameters" not in c.metadata.get("tags", [])]
+    assert not long
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_lines_are_short(name):
+    """No line is longer than 120 characters, in prose as in code; a row of a Markdown table cannot be broken."""
+    lines = [(c.id, line) for c in SOURCE[name].cells for line in c.source.split("\n")]
+    long = [(cell, line) for cell, line in lines if len(line) > 120 and not line.startswith("|")]
+    assert not long
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_experiment_parameters(path):
-    """Papermill sees one parameters cell, all of its names, and every experiment can be told where to put its record."""
+    """Papermill sees one parameters cell and all of its names, and every experiment is told where its record goes."""
     tagged = [c for c in SOURCE[name_of(path)].cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
     written = re.findall(r"^(\w+)\s*=", tagged[0].source, re.M)
@@ -84,5 +106,7 @@ def test_experiment_parameters(path):
 
 def test_readme_is_made_from_the_index():
     """README.md is the index notebook as Markdown; `python .ci/readme.py` makes it."""
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr

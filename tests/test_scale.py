@@ -22,19 +22,34 @@ def test_the_whole_notebook(tmp_path):
     record = json.loads((execute("scale", given, tmp_path / "out", echo=None) / "record.json").read_text())
     phases = pd.DataFrame(record["phases"]).set_index("phase")
     assert list(phases.index) == ["render", "near-duplicates", "pixel cache", "train", "validate", "test"]
-    assert phases.made.all() and (phases.owned > 1e7).all() and phases.pieces["render"] == 40 and phases.pieces["train"] == 2
+    assert (
+        phases.made.all()
+        and (phases.owned > 1e7).all()
+        and phases.pieces["render"] == 40
+        and phases.pieces["train"] == 2
+    )
     assert record["note"] == KONIQ_NOTE and record["dataset"] == "koniq-10k"
     words = [f"{k}={v}" for k, v in (given | dict(compare=20)).items()]
     assert main(["run", "scale", *words, "name=again", "--out", str(tmp_path / "out")]) == 0  # as people start it
     again = json.loads(next((tmp_path / "out").glob("*/again-*/record.json")).read_text())
     claim, = again["claims"]  # the pictures' cache was there, so nothing is said of making it
-    assert claim["verdict"] == "cannot be tested here" and "not measured: near-duplicates, pixel cache" in claim["measured"]
+    assert (
+        claim["verdict"] == "cannot be tested here"
+        and "not measured: near-duplicates, pixel cache" in claim["measured"]
+    )
 
 
 def test_first_batches_are_those_of_the_whole_epoch(tmp_path):
     """A shorter epoch, not another one: the same crops in the same order, also from the middle on."""
     render_koniq(tmp_path / "set", 24, progress=False)
-    cfg = small_config(tmp_path / "set", dataset="koniq-10k", labels=None, score_range=None, train_crops=3, cache=str(tmp_path / "cache"))
+    cfg = small_config(
+        tmp_path / "set",
+        dataset="koniq-10k",
+        labels=None,
+        score_range=None,
+        train_crops=3,
+        cache=str(tmp_path / "cache"),
+    )
     found = load_set(cfg)
     assert found.note == KONIQ_NOTE  # every record on it says what it is
     pixels = build_cache(found, cfg.size, cfg.fit, cfg.cache)

@@ -1,4 +1,6 @@
-"""The head of the paper's text, "projected": counted, recomputed by hand, saved and loaded, trained, exported; and "hyper" left as it was."""
+"""The head of the paper's text, "projected": counted, recomputed by hand, saved and loaded, trained, exported; and
+"hyper" left as it was."""
+
 import json
 import re
 from dataclasses import asdict
@@ -50,20 +52,30 @@ def crops(n: int = 3, side: int = 96, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-# -- what it is -----------------------------------------------------------------------------------------------------------
+# -- what it is --------------------------------------------------------------------------------------------------------
 def linear(i, o):
     return i * o + o
 
 
 def backbone_parameters(size: str) -> int:
     """Counted in the published key lists."""
-    lines = [line.split("\t") for line in (KEYS / f"{size}-single.txt").read_text().splitlines() if line.startswith("swin.backbone.")]
-    shapes = {k: [int(n) for n in re.findall(r"\d+", s)] for k, s in lines if not k.endswith(("relative_position_index", "attn_mask"))}
+    lines = [
+        line.split("\t")
+        for line in (KEYS / f"{size}-single.txt").read_text().splitlines()
+        if line.startswith("swin.backbone.")
+    ]
+    shapes = {
+        k: [int(n) for n in re.findall(r"\d+", s)]
+        for k, s in lines
+        if not k.endswith(("relative_position_index", "attn_mask"))
+    }
     return sum(int(np.prod(s)) for s in shapes.values())
 
 
 @pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize("size, channels, golden", [("tiny", (96, 192, 384, 768), 29_857_503), ("base", (128, 256, 512, 1024), 89_490_461)])
+@pytest.mark.parametrize(
+    "size, channels, golden", [("tiny", (96, 192, 384, 768), 29_857_503), ("base", (128, 256, 512, 1024), 89_490_461)]
+)
 def test_parameters(size, channels, golden, gate):
     """By formula from the paper's widths and a rank of 8, to the last one."""
     last, rank = channels[3], 8
@@ -79,7 +91,8 @@ def test_parameters(size, channels, golden, gate):
 
 @pytest.mark.parametrize("gate, rank, side", [(True, 8, 96), (False, 8, 96), (True, 3, 160)])
 def test_forward_by_hand(gate, rank, side):
-    """Scores and gate again, picture by picture, in plain torch with the whole 128 x 100,352 matrix, from the state dict alone."""
+    """Scores and gate again, picture by picture, in plain torch with the whole 128 x 100,352 matrix, from the state
+    dict alone."""
     model = shaken(paper(use_attention=gate, rank=rank))
     w, x = model.state_dict(), crops(side=side)
     with torch.no_grad():
@@ -87,7 +100,10 @@ def test_forward_by_hand(gate, rank, side):
         for k in range(3):
             stages = [torch.nn.functional.adaptive_avg_pool2d(m[k], 7) for m in maps]
             flat = [s.reshape(len(s), 49) for s in stages]
-            projected = [(w[f"project.convs.{i}.weight"][:, :, 0, 0] @ f + w[f"project.convs.{i}.bias"][:, None]).clamp(min=0) for i, f in enumerate(flat)]
+            projected = [
+                (w[f"project.convs.{i}.weight"][:, :, 0, 0] @ f + w[f"project.convs.{i}.bias"][:, None]).clamp(min=0)
+                for i, f in enumerate(flat)
+            ]
             alpha = torch.ones(4)
             if gate:
                 h = (w["gate.layers.0.weight"] @ maps[3][k].mean((1, 2)) + w["gate.layers.0.bias"]).clamp(min=0)
@@ -98,7 +114,10 @@ def test_forward_by_hand(gate, rank, side):
             for i in (0, 2, 4):
                 h = (w[f"hyper.stem.{i}.weight"][:, :, 0, 0] @ h + w[f"hyper.stem.{i}.bias"][:, None]).clamp(min=0)
             c = h.mean(1)
-            made = {n: w[f"hyper.{n}.weight"] @ c + w[f"hyper.{n}.bias"] for n in ("factor", "last_weight", "biases.0", "biases.1")}
+            made = {
+                n: w[f"hyper.{n}.weight"] @ c + w[f"hyper.{n}.bias"]
+                for n in ("factor", "last_weight", "biases.0", "biases.1")
+            }
             W1 = made["factor"].reshape(128, rank) @ w["hyper.basis.weight"]
             assert z.shape == (100_352,) and W1.shape == (128, 100_352)
             hidden = 1 / (1 + torch.exp(-(W1 @ z + made["biases.0"])))
@@ -139,7 +158,11 @@ def test_fresh_model_is_healthy(arguments):
     assert torch.allclose(scores - before, torch.full((4,), 55.0), atol=1e-3)
     assert scores.isfinite().all() and (scores - 55).abs().max() < 10 and scores.std() > 1e-3
     model.train()(x).square().mean().backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0]
+    silent = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0
+    ]
     assert not silent, silent
 
 
@@ -151,7 +174,9 @@ def test_batch_is_its_parts(arguments):
         attention = model.last_attention_weights
         alone = torch.cat([model(i[None]) for i in x])
     assert together.std() > 1e-2
-    assert torch.allclose(together, alone, atol=1e-3) and torch.allclose(model.last_attention_weights, attention[2:], atol=1e-5)
+    assert torch.allclose(together, alone, atol=1e-3) and torch.allclose(
+        model.last_attention_weights, attention[2:], atol=1e-5
+    )
 
 
 def test_dropout_spares_the_score():
@@ -163,7 +188,7 @@ def test_dropout_spares_the_score():
     assert scores.min() > 500 and scores.max() < 1500 and scores.std() > 0
 
 
-# -- saved and loaded -----------------------------------------------------------------------------------------------------
+# -- saved and loaded --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments", [{}, dict(use_attention=False), dict(rank=3)], ids=str)
 def test_round_trip(arguments, tmp_path):
     """Checkpoint and folder hold the same model to the bit; the header names variant and rank."""
@@ -185,12 +210,22 @@ def test_bare_state_dict_is_detected(gate, rank, tmp_path):
     model = SmartIQA("tiny", head="projected", use_attention=gate, rank=rank).eval()
     torch.save(model.state_dict(), tmp_path / "bare.pkl")
     again = load_checkpoint(tmp_path / "bare.pkl")
-    assert again.arguments == model.arguments | dict(drop_path=again.arguments["drop_path"], dropout=again.arguments["dropout"])
+    assert again.arguments == model.arguments | dict(
+        drop_path=again.arguments["drop_path"], dropout=again.arguments["dropout"]
+    )
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("arguments, stored", [({}, {}), ({}, dict(afa="concat")), (dict(head="plain"), dict(afa="concat")),
-                                               (dict(head="projected"), dict(afa="projected", head="hyper", rank=8))], ids=str)
+@pytest.mark.parametrize(
+    "arguments, stored",
+    [
+        ({}, {}),
+        ({}, dict(afa="concat")),
+        (dict(head="plain"), dict(afa="concat")),
+        (dict(head="projected"), dict(afa="projected", head="hyper", rank=8)),
+    ],
+    ids=str,
+)
 def test_headers_of_before(arguments, stored, tmp_path):
     """Headers had a field afa, and older ones had not; both load to the same numbers."""
     model, x = SmartIQA(backbone="test_efficientnet", **arguments).eval(), crops()
@@ -219,21 +254,33 @@ def test_variants_are_not_mistaken(tmp_path):
     a, b = paper(), SmartIQA(backbone="test_efficientnet")
     heads = [{k for k in m.state_dict() if not k.startswith("backbone.")} for m in (a, b)]
     assert heads[0] - heads[1] and heads[1] - heads[0] and not any("gate" in k for k in heads[0] & heads[1])
-    save_file({k: v.contiguous() for k, v in a.state_dict().items()}, tmp_path / "x.safetensors", metadata={"smart_iqa": json.dumps(b.arguments)})
+    save_file(
+        {k: v.contiguous() for k, v in a.state_dict().items()},
+        tmp_path / "x.safetensors",
+        metadata={"smart_iqa": json.dumps(b.arguments)},
+    )
     with pytest.raises(CheckpointError, match=r"missing: lda.*extra: .*hyper\.basis"):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (dict(head="paper"), "unknown head 'paper'.*hyper, plain, projected"),
-    (dict(use_multiscale=False, use_attention=False), "use_multiscale=False"), (dict(use_multiscale=False), "use_multiscale=False"),
-    (dict(head="plain", rank=3), "option of head 'plain' 'rank'"), (dict(rank=0), "rank=0"), (dict(rank=129), "rank=129.*128")], ids=str)
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (dict(head="paper"), "unknown head 'paper'.*hyper, plain, projected"),
+        (dict(use_multiscale=False, use_attention=False), "use_multiscale=False"),
+        (dict(use_multiscale=False), "use_multiscale=False"),
+        (dict(head="plain", rank=3), "option of head 'plain' 'rank'"),
+        (dict(rank=0), "rank=0"),
+        (dict(rank=129), "rank=129.*128"),
+    ],
+    ids=str,
+)
 def test_what_it_cannot_do(arguments, told):
     with pytest.raises(ValueError, match=told):
         paper(**arguments)
 
 
-# -- in a run -------------------------------------------------------------------------------------------------------------
+# -- in a run ----------------------------------------------------------------------------------------------------------
 def test_configuration_reaches_the_model():
     """Hyper unless asked; the name of the run changes; a wrong word is an error."""
     values = dict(backbone="test_efficientnet", pretrained="none", device="cpu")
@@ -251,14 +298,22 @@ def test_configuration_reaches_the_model():
 
 def test_start_from_the_other_variant_is_refused(tmp_path):
     save_checkpoint(paper(), tmp_path / "start.safetensors")
-    cfg = make_config("lite", backbone="test_efficientnet", pretrained="none", device="cpu", dropout=0.0, init=str(tmp_path / "start.safetensors"))
+    cfg = make_config(
+        "lite",
+        backbone="test_efficientnet",
+        pretrained="none",
+        device="cpu",
+        dropout=0.0,
+        init=str(tmp_path / "start.safetensors"),
+    )
     with pytest.raises(ValueError, match="init=.*projected"):
         make_model(cfg)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_it_trains(frozen, standin, tmp_path):
-    """All of it moves, or with frozen features the heads alone; the loss falls; attention goes into the table and its figure."""
+    """All of it moves, or with frozen features the heads alone; the loss falls; attention goes into the table and its
+    figure."""
     cfg = small_config(standin, head="projected", frozen=frozen, epochs=25 if frozen else 4, lr=3e-3, dropout=0.0)
     _, feed, model = prepare(cfg)
     if frozen:
@@ -278,7 +333,8 @@ def test_it_trains(frozen, standin, tmp_path):
 
 
 def test_frozen_features_serve_both(standin):
-    """Both variants read the same pooled maps, so a file of features is one for both, and scores by it are the whole model's."""
+    """Both variants read the same pooled maps, so a file of features is one for both, and scores by it are the whole
+    model's."""
     cfg = small_config(standin, head="projected")
     _, feed, model = prepare(cfg)
     other = make_model(small_config(standin)).eval()
@@ -292,7 +348,7 @@ def test_frozen_features_serve_both(standin):
     np.testing.assert_allclose(predict(model, frozen, "test", 4).pred, predict(model, feed, "test", 4).pred, atol=0.1)
 
 
-# -- used -----------------------------------------------------------------------------------------------------------------
+# -- used --------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def scorer():
     model = shaken(paper())
