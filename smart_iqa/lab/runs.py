@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_LOCK', 'KERNEL_LOCK', 'LOCKS', 'LOG', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here', 'release',
            'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'read_run', 'run_digest', 'time_left',
-           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'experiments', 'find_notebook',
-           'parameters_of', 'parse_value', 'NothingStarted', 'collect_runs', 'noting', 'planned_folder', 'execute',
-           'train_together']
+           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'NothingStarted', 'collect_runs',
+           'noting', 'planned_folder', 'execute', 'train_together']
 
 # %% ../../nbs/lab/runs.ipynb #d727eab7
 import hashlib
@@ -26,7 +25,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import smart_iqa
 import torch
 from filelock import FileLock, Timeout
 from traitlets.config import Config as TraitConfig
@@ -37,6 +35,7 @@ from ..data import load_set
 from ..devices import Devices, _write_environment, environment, last_environment
 from ..files import PROGRESS, meanwhile, read_lines, take_lock, usable_cores, write_json, write_whole
 from ..frozen import FrozenFeed
+from .notebooks import find_notebook, parameters_of, parse_value
 from ..splits import ImageSet
 from ..training import CropFeed, Solver, TrainingError, make_model
 
@@ -371,26 +370,6 @@ class RunError(RuntimeError):
         super().__init__(message)
         self.kind, self.reason = kind, reason  # class and message of the error in the notebook
 
-
-def experiments() -> dict[str, Path]:
-    "List the experiment notebooks that come with this installation, by name."
-    package = Path(smart_iqa.__file__).resolve().parent
-    folders = (package.parent / "nbs" / "experiments", package / "experiments")
-    return {p.stem: p for folder in folders for p in sorted(folder.glob("*.ipynb"))}
-
-
-def find_notebook(
-    name: str | Path,  # "train", or the path of any notebook with a parameters cell
-) -> Path:
-    "Find the notebook of an experiment. ValueError lists the experiments."
-    path = Path(name)
-    if path.suffix == ".ipynb":
-        if not path.is_file():
-            raise ValueError(f"{path}: no such notebook")
-        return path.resolve()
-    check_names([str(name)], experiments(), "experiment")
-    return experiments()[str(name)]
-
 # %% ../../nbs/lab/runs.ipynb #d86e2fa4
 class _Whole:
     "A papermill handler that writes a notebook whole or not at all."
@@ -416,24 +395,7 @@ def _papermill():
     return papermill
 
 # %% ../../nbs/lab/runs.ipynb #ad7cd96c
-def parameters_of(
-    notebook: str | Path,
-) -> dict[str, dict]:  # name -> default (as text) and help
-    "List the parameters of a notebook, in order, as papermill sees them. ValueError where it has no parameters cell."
-    path = find_notebook(notebook)
-    parameters = _papermill().inspect_notebook(str(path))
-    if not parameters:
-        raise ValueError(f"{path}: has no cell tagged 'parameters' "
-                         "(nbdev_clean strips the tag without allowed_cell_metadata_keys = tags)")
-    return {name: dict(default=p["default"], help=p["help"]) for name, p in parameters.items()}
-
-# %% ../../nbs/lab/runs.ipynb #af43d42c
-def parse_value(text: str):
-    "Read a value given as text: JSON, Python's True, False and None, or the text itself."
-    try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except json.JSONDecodeError:
-        return text
+#| export
 
 # %% ../../nbs/lab/runs.ipynb #c9029bbd
 _noted: ContextVar[list | None] = ContextVar("noted", default=None)
