@@ -394,9 +394,6 @@ def _papermill():
     papermill_io.register(_Whole.prefix, _Whole())
     return papermill
 
-# %% ../../nbs/lab/runs.ipynb #ad7cd96c
-#| export
-
 # %% ../../nbs/lab/runs.ipynb #c9029bbd
 _noted: ContextVar[list | None] = ContextVar("noted", default=None)
 
