@@ -379,10 +379,8 @@ def default_split(
 
 def _published_parts(name: str) -> dict[str, int]:
     "Read the sizes of the official split; empty for a set without any."
-    sizes = [s.strip().replace(",", "") for s in find_set(name).official.split("/")]
-    if len(sizes) != 3:
-        return {}
-    return {part: int(n) for part, n in zip(("train", "val", "test"), sizes) if n.isdecimal()}
+    sizes = find_set(name).official
+    return {} if isinstance(sizes, str) else {part: n for part, n in zip(("train", "val", "test"), sizes) if n}
 
 
 def _split_sizes(splits: pd.Series, published: dict[str, int]) -> str:

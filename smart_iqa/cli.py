@@ -439,10 +439,11 @@ class Paper(Batch):
 
 def paper(args: Paper) -> int:
     "Run the missing experiments and write the report. Return the exit code."
-    from smart_iqa.lab.report import STEPS, run_paper
+    from smart_iqa.lab.report import run_paper
+    from smart_iqa.lab.studies import pick_studies
 
     if args.list:
-        for s in STEPS:
+        for s in pick_studies():
             say(f"{s.notebook:<16} {s.question:<62} {s.remakes}")
         return 0
     if args.profile != "demo" and not args.root:

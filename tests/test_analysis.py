@@ -25,9 +25,8 @@ from smart_iqa.lab.analysis import (
     verdict,
     worst_cases,
 )
-from smart_iqa.lab.compare import summarise
+from smart_iqa.lab.compare import VERDICTS, summarise
 from smart_iqa.lab.runs import execute, read_run, run_digest
-from smart_iqa.lab.sweeps import VERDICTS
 
 TINY = dict(
     profile="demo",

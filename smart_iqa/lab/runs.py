@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_LOCK', 'KERNEL_LOCK', 'LOCKS', 'LOG', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here', 'release',
            'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'read_run', 'run_digest', 'time_left',
-           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'NothingStarted', 'collect_runs',
-           'noting', 'planned_folder', 'execute', 'train_together']
+           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'planned_folder', 'execute',
+           'train_together']
 
 # %% ../../nbs/lab/runs.ipynb #d727eab7
 import hashlib
@@ -19,7 +19,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -394,32 +393,6 @@ def _papermill():
     papermill_io.register(_Whole.prefix, _Whole())
     return papermill
 
-# %% ../../nbs/lab/runs.ipynb #ad7cd96c
-#| export
-
-# %% ../../nbs/lab/runs.ipynb #c9029bbd
-_noted: ContextVar[list | None] = ContextVar("noted", default=None)
-
-
-class NothingStarted(Exception):
-    "Raised by a sweep inside `collect_runs`, in the place of its results."
-
-
-@contextmanager
-def collect_runs() -> Iterator[list[dict]]:  # a row a run: notebook, parameters, and folder (a name) or arm
-    """Inside it nothing is started: `execute` notes what it was asked for and returns a folder that is not there, a
-    sweep notes all its runs and raises NothingStarted."""
-    token = _noted.set([])
-    try:
-        yield _noted.get()
-    finally:
-        _noted.reset(token)
-
-
-def noting() -> list[dict] | None:
-    "The list that runs are noted in, None where they are really started."
-    return _noted.get()
-
 # %% ../../nbs/lab/runs.ipynb #f6fb6175
 def _line(progress: dict) -> str:
     "Describe a progress state in one line: step, position, time left."
@@ -577,9 +550,6 @@ def execute(
     if "folder" in parameters:
         raise ValueError("folder is made of out, batch and name; give those")
     out, batch, name = (parameters.pop(k, v) for k, v in (("out", out), ("batch", batch), ("name", name)))
-    if (noted := noting()) is not None:
-        noted.append(dict(notebook=path.stem, parameters=parameters, folder=f"run-{len(noted)}"))
-        return Path(noted[-1]["folder"])
     folder = _folder_of(path.stem, parameters, known, Path(out).expanduser().resolve(), batch, name)
     if is_finished(folder) and not again:  # also where nothing may be written
         say(f"already finished: {folder}")
