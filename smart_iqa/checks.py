@@ -38,7 +38,7 @@ from .sets import DataError, find_set, read_labels
 def look(
     path: str | Path,
 ) -> tuple[dict, tuple]:  # facts of the file, sketch for `find_near_duplicates`
-    "What one pass over a picture file tells; `error` is the reason why it cannot be used, else empty."
+    "Read what one pass over a picture file tells; `error` is the reason why it cannot be used, else empty."
     facts = dict(bytes=0, digest="", format="", mode="", width=0, height=0, turned=False, error="")
     try:
         img = load_image(path)
@@ -55,24 +55,25 @@ def look(
 
 
 def look_at_all(
-    found: ImageSet,
+    images: ImageSet,
     threads: int | None = None,  # None: as many as there are cores, at most 8
     progress: bool = False,
 ) -> tuple[pd.DataFrame, list]:  # the set's table with the facts of each file, and the sketches
-    "Every file of a set, read and decoded once."
-    paths = [found.path(i) for i in found.table.image]
+    "Read and decode every file of a set once."
+    paths = [images.path(i) for i in images.table.image]
     with warnings.catch_warnings(), ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        looks = list(track(pool.map(look, paths), len(paths), f"reading {found.name}", progress))
-    facts = pd.DataFrame([f for f, _ in looks], columns=["bytes", "digest", "format", "mode", "width", "height", "turned", "error"])
-    return pd.concat([found.table, facts], axis=1), [s for _, s in looks]
+        looks = list(track(pool.map(look, paths), len(paths), f"reading {images.name}", progress))
+    columns = ["bytes", "digest", "format", "mode", "width", "height", "turned", "error"]
+    facts = pd.DataFrame([f for f, _ in looks], columns=columns)
+    return pd.concat([images.table, facts], axis=1), [s for _, s in looks]
 
 # %% ../nbs/checks.ipynb #5e4e0ddf
 _LINES = (".csv", ".tsv", ".txt", ".jsonl")  # files that have lines; a table in .xlsx, .parquet or .json has entries
 
 
 def _cells(path: Path) -> Iterator[tuple[str, str]]:
-    "(where, text) of every cell of a label file that could be a name."
+    "Yield (where, text) of every cell of a label file that could be a name."
     if path.suffix.lower() in _LINES:
         for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             yield from ((f"line {n}", cell) for cell in {*re.split(r'[,;\t"]', line), *line.split()})
@@ -80,7 +81,8 @@ def _cells(path: Path) -> Iterator[tuple[str, str]]:
     with suppress(DataError):
         frame = read_labels(path)
         first = 2 if path.suffix.lower() == ".xlsx" else 1
-        for column in frame.columns[[pd.api.types.is_object_dtype(d) or pd.api.types.is_string_dtype(d) for d in frame.dtypes]]:
+        text = [pd.api.types.is_object_dtype(d) or pd.api.types.is_string_dtype(d) for d in frame.dtypes]
+        for column in frame.columns[text]:
             yield from ((f"row {n}", str(cell)) for n, cell in enumerate(frame[column], first))
 
 
@@ -88,63 +90,81 @@ def find_lines(
     names: list[str],   # as the labels have them
     files: list[Path],  # label files
 ) -> dict[str, str]:    # name -> "labels.csv line 17", empty where none of the files has it
-    "Where names stand in label files: the lines, at most three, of the first file that has them."
+    "Find names in label files: the lines, at most three, of the first file that has them."
     wanted, places = {PurePosixPath(n).name for n in names} - {""}, {}
     for path in files if wanted else ():
         for where, cell in _cells(path):
-            if (name := PurePosixPath(cell.strip()).name) in wanted:
-                lines = places.setdefault(name, (path.name, []))
-                lines[1].append(where) if lines[0] == path.name and where not in lines[1] else None
+            name = PurePosixPath(cell.strip()).name
+            if name not in wanted:
+                continue
+            file, lines = places.setdefault(name, (path.name, []))
+            if file == path.name and where not in lines:
+                lines.append(where)
     where = {n: f"{file} {' and '.join(lines[:3])}" for n, (file, lines) in places.items()}
     return {n: where.get(PurePosixPath(n).name, "") for n in names}
 
-
+# %% ../nbs/checks.ipynb #labelfil
 def _label_files(cfg: Config) -> list[Path]:
-    "The label files of a set, first those that are called as its facts say."
+    "List the label files of a set, first those that are called as its facts say."
     root = Path(cfg.root or "").expanduser()
     if cfg.dataset == "csv":
-        given = Path(cfg.labels or "").expanduser()
-        return [p for p in (given, root / given) if p.is_file()][:1]
+        labels = Path(cfg.labels or "").expanduser()
+        return [p for p in (labels, root / labels) if p.is_file()][:1]
     known = [Path(f).name for f in find_set(cfg.dataset).files] or [""]
-    files = (p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in (*_LINES, ".json", ".xlsx") and p.is_file())
-    return sorted(files, key=lambda p: (-max(difflib.SequenceMatcher(None, p.name, k).ratio() for k in known), p))  # test.csv is like train.csv
+
+    def likeness(path):  # test.csv is like train.csv
+        return max(difflib.SequenceMatcher(None, path.name, k).ratio() for k in known)
+
+    candidates = [p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in (*_LINES, ".json", ".xlsx")]
+    return sorted((p for p in candidates if p.is_file()), key=lambda p: (-likeness(p), p))
 
 # %% ../nbs/checks.ipynb #58aa75d4
-KINDS = {  # kind of finding -> what it is, how to mend it
+KINDS = {  # kind of finding -> what it is, how to fix it
     "set": ("the set cannot be read", ""),
-    "missing": ("files that the labels name and that are not there", "copy them again; --partial accepts a part of the set"),
-    "unreadable": ("files that cannot be decoded", "copy or download them again; --on-error skip leaves them out"),
-    "label": ("labels that cannot be used", "mend the rows by a fresh copy of the label file; --on-error skip leaves them out"),
-    "twice": ("pictures that are named more than once", "delete the rows that are too many; --on-error skip leaves them out"),
+    "missing": ("files that the labels name and that are not there",
+                "copy them again; --partial accepts a part of the set"),
+    "unreadable": ("files that cannot be decoded",
+                   "copy or download them again; --on-error skip leaves them out"),
+    "label": ("labels that cannot be used",
+              "fix the rows by a fresh copy of the label file; --on-error skip leaves them out"),
+    "twice": ("pictures that are named more than once",
+              "delete the rows that are too many; --on-error skip leaves them out"),
     "count": ("fewer pictures than were published", "get the rest; --partial accepts a part of the set"),
     "constant": ("the labels say nothing", "name the right column with --score-column"),
-    "split": ("the split cannot be used", "mend the split, or use --split random"),
-    "leak": ("pairs of near-duplicates on both sides of the split", "put both on one side, or use --split random"),
+    "split": ("the split cannot be used", "fix the split, or use --split random"),
+    "leak": ("pairs of near-duplicates on both sides of the split",
+             "put both on one side, or use --split random"),
     "crossing": ("pairs of near-duplicates on both sides of the official split",
-                 "results are told with and without them; --pairs FILE.csv lists them"),
-    "reference": ("references on both sides of the split", "keep all pictures of a reference on one side, or use --split random"),
-    "copies": ("files that are the same bytes as another", "--pairs FILE.csv lists them; keep one of each in a set of your own"),
-    "range": ("the labels fill little of their declared range", "is it the right one? --score-range says another for a set of your own"),
-    "rounding": ("labels with more decimals than the others", "compare with a fresh copy of the label file: edited by hand?"),
-    "case": ("names that differ from their files in upper and lower case", "it works here; other programs on Linux will not find these files"),
-    "extra": ("pictures without a label", "nothing uses them (so LIVE's copies of references); were label rows lost?"),
+                 "results are reported with and without them; --pairs FILE.csv lists them"),
+    "reference": ("references on both sides of the split",
+                  "keep all pictures of a reference on one side, or use --split random"),
+    "copies": ("files that are the same bytes as another",
+               "--pairs FILE.csv lists them; keep one of each in a set of your own"),
+    "range": ("the labels fill little of their declared range",
+              "is it the right one? --score-range says another for a set of your own"),
+    "rounding": ("labels with more decimals than the others",
+                 "compare with a fresh copy of the label file: edited by hand?"),
+    "case": ("names that differ from their files in upper and lower case",
+             "it works here; other programs on Linux will not find these files"),
+    "extra": ("pictures without a label",
+              "nothing uses them (so LIVE's copies of references); were label rows lost?"),
     "more": ("more pictures than were published", "is it another edition of the set, or were two copies mixed?"),
 }
 
-
+# %% ../nbs/checks.ipynb #report01
 def _no_findings() -> pd.DataFrame:
     return pd.DataFrame(columns=["level", "kind", "image", "where", "reason"])
 
 
 @dataclass
 class Report:
-    "What a check found; `str()` of it is the short text."
+    "Hold what a check has found; `str()` of it is the short text."
     name: str
     root: Path
     facts: dict = field(default_factory=dict)  # what is there: heading -> text
     files: pd.DataFrame = field(default_factory=pd.DataFrame)  # the table of the set and what `look` says of each file
-    findings: pd.DataFrame = field(default_factory=_no_findings)  # level (problem or warning), kind, image, where, reason
-    pairs: pd.DataFrame = field(default_factory=pd.DataFrame)  # near-duplicates: bits, correlation, image_a, split_a, score_a, ..., same_bytes
+    findings: pd.DataFrame = field(default_factory=_no_findings)  # level, kind, image, where, reason
+    pairs: pd.DataFrame = field(default_factory=pd.DataFrame)  # near-duplicates, as of `name_pairs`, and same_bytes
     seconds: float = 0.0  # for reading and decoding
 
     @property
@@ -160,7 +180,7 @@ class Report:
         return int(len(self.problems) > 0)
 
     @property
-    def rate(self) -> float:  # pictures a second
+    def rate(self) -> float:  # pictures per second
         return len(self.files) / max(self.seconds, 1e-9)
 
     def add(self, kind: str, rows: list[tuple[str, str, str]], level: str = "problem"):
@@ -176,94 +196,114 @@ MAX_LINES = 40  # of a report
 
 
 def _verdict(report: Report) -> str:
-    "fine or NOT FINE, and of what there is how much."
-    told = report.problems if report.code else report.warnings
-    kinds = ", ".join(f"{kind} {n:,}" for kind, n in told.kind.value_counts(sort=False).items())
-    return f"NOT FINE: {kinds}" if report.code else "fine" + f"; warnings: {kinds}" * bool(kinds)
+    "Say fine or NOT FINE, and how many findings of each kind there are."
+    findings = report.problems if report.code else report.warnings
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in findings.kind.value_counts(sort=False).items())
+    if report.code:
+        return f"NOT FINE: {kinds}"
+    return f"fine; warnings: {kinds}" if kinds else "fine"
+
+
+def _group_lines(level: str, kind: str, rows: pd.DataFrame, most: int) -> list[str]:
+    "Write one kind of finding: its heading with the fix, some examples, and how many more there are."
+    meaning, fix = KINDS[kind]
+    lines = [f"{level.upper():<8} {meaning}: {len(rows):,}" + (f"; {fix}" if fix else "")]
+    examples = rows.head(max(1, min(4, most)))
+    for r in examples.itertuples():
+        place = ": ".join(x for x in (r.where, r.image) if x)
+        lines.append(f"           {place}: {r.reason}" if place else f"           {r.reason}")
+    if len(rows) > len(examples):
+        lines.append(f"           ... and {len(rows) - len(examples):,} more (--findings FILE.csv lists all)")
+    return lines
 
 
 def _report_lines(report: Report) -> list[str]:
-    "Verdict, facts, and each kind of finding with its mend and some examples."
-    groups = list(report.findings.groupby(["level", "kind"], sort=False))  # problems come first: "problem" < "warning"
-    groups.sort(key=lambda g: g[0][0])
-    lines = [f"{report.name} in {report.root}: {_verdict(report)}", *(f"  {k:<11}{v}" for k, v in report.facts.items())]
-    room = (MAX_LINES - len(lines)) // max(len(groups), 1) - 2  # lines a kind, without its heading and "... more"
+    "Write the verdict, the facts, and each kind of finding."
+    groups = list(report.findings.groupby(["level", "kind"], sort=False))
+    groups.sort(key=lambda g: g[0][0])  # problems come first: "problem" < "warning"
+    lines = [f"{report.name} in {report.root}: {_verdict(report)}"]
+    lines += [f"  {k:<11}{v}" for k, v in report.facts.items()]
+    most = (MAX_LINES - len(lines)) // max(len(groups), 1) - 2  # per kind, without its heading and "... more"
     for (level, kind), rows in groups:
-        what, mend = KINDS[kind]
-        lines.append(f"{level.upper():<8} {what}: {len(rows):,}" + f"; {mend}" * bool(mend))
-        few = rows.head(max(1, min(4, room)))
-        for r in few.itertuples():
-            head = ": ".join(x for x in (r.where, r.image) if x)
-            lines += [f"           {head}: {r.reason}" if head else f"           {r.reason}"]
-        if len(rows) > len(few):
-            lines.append(f"           ... and {len(rows) - len(few):,} more (--findings FILE.csv lists all)")
+        lines += _group_lines(level, kind, rows, most)
     return ["".join(c if c.isprintable() or c == "\n" else "?" for c in line) for line in lines]
 
 # %% ../nbs/checks.ipynb #f4cbd9d3
 def _counted(values: pd.Series, most: int = 8) -> str:
-    "Values and how often: `ss01 1,034, ss02 1,033`."
+    "Write values and how often they occur: `ss01 1,034, ss02 1,033`."
     n = values.value_counts(sort=False)
     more = f", {len(n) - most} more" if len(n) > most else ""
     return ", ".join(f"{k} {v:,}" for k, v in n.sort_values(ascending=False, kind="stable").head(most).items()) + more
 
 
 def _subsets(images: pd.Series) -> pd.Series:
-    "What the names say about the parts of a set: folders where there are several, else the letters and digits that a name begins with."
+    "Guess the parts of a set by its names: folders if there are several, else the letters and digits at the beginning."
     folders = images.map(lambda i: str(PurePosixPath(i).parent))
-    return folders if folders.nunique() > 1 else images.map(lambda i: re.match(r"[^\W\d_]*\d*", PurePosixPath(i).name)[0])
+    if folders.nunique() > 1:
+        return folders
+    return images.map(lambda i: re.match(r"[^\W\d_]*\d*", PurePosixPath(i).name)[0])
 
-
-def _check_counts(report: Report, found: ImageSet, cfg: Config, partial: bool):
-    "Pictures that can be used against the published number."
+# %% ../nbs/checks.ipynb #counts01
+def _check_counts(report: Report, images: ImageSet, cfg: Config, partial: bool):
+    "Compare the pictures that can be used with the published number."
     files, published = report.files, find_set(cfg.dataset).images
-    good, named = int((files.error == "").sum()), len(files) + found.skipped.image.nunique()
-    text, chosen = f"{good:,} can be used of {named:,} in the labels", cfg.include or cfg.split == "paper"
-    if chosen:
-        text += f"; chosen by {'include=' + repr(cfg.include) if cfg.include else 'split=paper'}, so not counted against the published number"
+    good, named = int((files.error == "").sum()), len(files) + images.skipped.image.nunique()
+    text = f"{good:,} can be used of {named:,} in the labels"
+    if cfg.include or cfg.split == "paper":
+        chosen = f"include={cfg.include!r}" if cfg.include else "split=paper"
+        text += f"; chosen by {chosen}, so not counted against the published number"
     elif published:
-        text += f"; {published:,} published" + (f": {100 * good / published:.0f} % of the set, a part" if good < published else "")
-        if good < published and not partial:
-            report.add("count", [("", "", f"{good:,} of {published:,} published pictures can be used")])
+        text += f"; {published:,} published"
+        if good < published:
+            text += f": {100 * good / published:.0f} % of the set, a part"
+            if not partial:
+                report.add("count", [("", "", f"{good:,} of {published:,} published pictures can be used")])
         if named > published:
             report.add("more", [("", "", f"{named:,} in the labels, {published:,} published")], "warning")
     report.facts["pictures"] = text + f"; {files.bytes.sum() / 1e6:,.1f} MB"
-    subsets = _subsets(found.table.image) if len(found.table) else pd.Series(dtype=object)
+    subsets = _subsets(images.table.image) if len(images.table) else pd.Series(dtype=object)
     if 1 < subsets.nunique() <= max(2, len(subsets) // 3):
         report.facts["subsets"] = _counted(subsets)
 
 # %% ../nbs/checks.ipynb #3746b45b
+def _kind_of(reason: str) -> str:
+    "Tell the kind of a row that `read_set` has skipped."
+    if "named twice" in reason or "under another name" in reason:
+        return "twice"
+    return "label" if ": label" in reason else "missing"
+
+
+def _check_names(report: Report, images: ImageSet, cfg: Config, partial: bool):
+    "Find rows that cannot be used, files that cannot be decoded, and names in the wrong case."
+    bad, skipped = report.files[report.files.error != ""], images.skipped
+    case = [(n, f) for n, f in images.renamed.items() if n != f and n.lower() == f.lower()]
+    in_labels = {file: label for label, file in images.renamed.items()}  # a file's name as the labels have it
+    wanted = [*skipped.image, *(in_labels.get(i, i) for i in bad.image), *(n for n, _ in case)]
+    where = find_lines(wanted, _label_files(cfg))
+    level = "warning" if cfg.on_error == "skip" else "problem"
+    for kind in ("missing", "label", "twice"):
+        rows = [(i, where[i], re.sub(r"^row \d+: ", "", reason) if where[i] else reason)
+                for i, reason in zip(skipped.image, skipped.reason) if _kind_of(reason) == kind]
+        report.add(kind, rows, "warning" if kind == "missing" and partial else level)
+    report.add("unreadable", [(i, where[in_labels.get(i, i)], e) for i, e in zip(bad.image, bad.error)], level)
+    report.add("case", [(n, where[n], f"the file is {f}") for n, f in case], "warning")
+
+# %% ../nbs/checks.ipynb #extra001
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".heic")
 
 
-def _kind_of(reason: str) -> str:
-    "Kind of a row that `read_set` has skipped."
-    return "twice" if "named twice" in reason or "under another name" in reason else "label" if ": label" in reason else "missing"
-
-
-def _check_names(report: Report, found: ImageSet, cfg: Config, partial: bool):
-    "Rows that cannot be used, files that cannot be decoded, names in the wrong case."
-    bad, case = report.files[report.files.error != ""], [(n, f) for n, f in found.renamed.items() if n != f and n.lower() == f.lower()]
-    back = {file: label for label, file in found.renamed.items()}  # a file's name as the labels have it
-    where = find_lines([*found.skipped.image, *(back.get(i, i) for i in bad.image), *(n for n, _ in case)], _label_files(cfg))
-    skip = "warning" if cfg.on_error == "skip" else "problem"
-    for kind in ("missing", "label", "twice"):
-        rows = [(i, where[i], re.sub(r"^row \d+: ", "", r) if where[i] else r) for i, r in zip(found.skipped.image, found.skipped.reason) if _kind_of(r) == kind]
-        report.add(kind, rows, "warning" if kind == "missing" and partial else skip)
-    report.add("unreadable", [(i, where[back.get(i, i)], e) for i, e in zip(bad.image, bad.error)], skip)
-    report.add("case", [(n, where[n], f"the file is {f}") for n, f in case], "warning")
-
-
-def _check_extra(report: Report, found: ImageSet, cfg: Config, partial: bool):
-    "Pictures beside the labelled ones that no label names."
+def _check_extra(report: Report, images: ImageSet, cfg: Config, partial: bool):
+    "Find pictures beside the labelled ones that no label names."
     if cfg.include or cfg.split == "paper":
         return
-    known = {*found.table.image, *found.skipped.image, *found.renamed, *found.renamed.values()}
-    references = {PurePosixPath(str(r)).stem.lower() for r in found.table.ref}
+    known = {*images.table.image, *images.skipped.image, *images.renamed, *images.renamed.values()}
+    references = {PurePosixPath(str(r)).stem.lower() for r in images.table.ref}
     extra = []
     for folder in sorted({str(PurePosixPath(i).parent) for i in known}):
-        for name in sorted(os.listdir(found.root / folder)) if (found.root / folder).is_dir() else ():
-            image = name if folder == "." else f"{folder}/{name}"
-            if image not in known and Path(name).suffix.lower() in _PICTURES and Path(name).stem.lower() not in references:
+        for name in sorted(os.listdir(images.root / folder)) if (images.root / folder).is_dir() else ():
+            image, file = name if folder == "." else f"{folder}/{name}", Path(name)
+            is_reference = file.stem.lower() in references
+            if image not in known and file.suffix.lower() in _PICTURES and not is_reference:
                 extra.append((image, "", "no row of the labels names it"))
     report.add("extra", extra, "warning")
 
@@ -274,26 +314,26 @@ _BARS = " ▁▂▃▄▅▆▇█"
 def histogram(
     scores: np.ndarray,  # 0-100
 ) -> str:
-    "Ten bars, one for every ten points."
+    "Draw ten bars, one for every ten points."
     n = np.histogram(scores, np.linspace(0, 100, 11))[0]
     return "".join(_BARS[int(np.ceil(8 * k / max(n.max(), 1)))] for k in n)
 
 
 def odd_decimals(
     labels: np.ndarray,
-    most: float = 0.05,  # largest part of labels that may be odd; where there are more, the set is not rounded
+    most: float = 0.05,  # largest share of labels that may be odd; where there are more, the set is not rounded
 ) -> tuple[int, np.ndarray]:  # decimals of nearly all labels, rows that have more
-    "Rows whose label is not rounded as the others are; none where labels are not rounded, or where there are fewer than 20."
+    "Find labels that are not rounded as the others are; none where there are fewer than 20."
     for decimals in range(7):
         off = np.abs(labels * 10**decimals - np.round(labels * 10**decimals)) > 1e-4
         if len(labels) >= 20 and off.mean() <= most:
             return decimals, np.flatnonzero(off)
     return 7, np.array([], int)
 
-
-def _check_labels(report: Report, found: ImageSet, cfg: Config, partial: bool):
-    "Range, spread and rounding of the labels that can be used."
-    t = found.table
+# %% ../nbs/checks.ipynb #labels01
+def _check_labels(report: Report, images: ImageSet, cfg: Config, partial: bool):
+    "Check range, spread and rounding of the labels that can be used."
+    t = images.table
     if t.empty:
         return
     report.facts["labels"] = f"{t.mos.min():.6g} to {t.mos.max():.6g}"
@@ -301,89 +341,128 @@ def _check_labels(report: Report, found: ImageSet, cfg: Config, partial: bool):
         report.add("constant", [("", "", f"all {len(t):,} labels are {t.mos.iloc[0]:g}")])
         return
     slope, worst = np.polyfit(t.score, t.mos, 1).round(9)  # the declared range, from what became of the labels
-    report.facts["labels"] += f" of the declared {worst + 0:.5g} (worst) to {worst + 100 * slope:.5g} (best); on 0-100 mean {t.score.mean():.1f}, std {t.score.std():.1f}"
+    report.facts["labels"] += (f" of the declared {worst + 0:.5g} (worst) to {worst + 100 * slope:.5g} (best); "
+                               f"on 0-100 mean {t.score.mean():.1f}, std {t.score.std():.1f}")
     report.facts["histogram"] = f"0 |{histogram(t.score.to_numpy())}| 100"
     if len(t) >= 20 and np.ptp(t.score) < 20:
         report.add("range", [("", "", f"they use {t.score.min():.0f} to {t.score.max():.0f} of 0-100")], "warning")
     decimals, odd = odd_decimals(t.mos.to_numpy())
-    where = find_lines(list(t.image.iloc[odd]), _label_files(cfg))
-    report.add("rounding", [(i, where[i], f"label {m:.10g}; the others have {decimals} decimals") for i, m in zip(t.image.iloc[odd], t.mos.iloc[odd])], "warning")
+    rows = t.iloc[odd]
+    where = find_lines(list(rows.image), _label_files(cfg))
+    report.add("rounding", [(i, where[i], f"label {m:.10g}; the others have {decimals} decimals")
+                            for i, m in zip(rows.image, rows.mos)], "warning")
 
 
-def _check_pixels(report: Report, found: ImageSet, cfg: Config, partial: bool):
-    "Sizes and kinds of the pictures."
+def _check_pixels(report: Report, images: ImageSet, cfg: Config, partial: bool):
+    "Summarise sizes and kinds of the pictures."
     f = report.files[report.files.error == ""]
     if f.empty:
         return
     f = f.assign(pixels=f.width * f.height).sort_values("pixels", kind="stable")
     low, mid, top = (f"{r.width} x {r.height}" for r in (f.iloc[0], f.iloc[len(f) // 2], f.iloc[-1]))
     n = len(f[["width", "height"]].drop_duplicates())
-    report.facts["sizes"] = f"{low}, all of them" if n == 1 else f"{low} to {top}, median {mid}; {n:,} different ones"
-    report.facts["kinds"] = f"{_counted(f['mode'])}; {_counted(f.format)}" + f"; {f.turned.sum():,} turned by EXIF" * bool(f.turned.any())
+    several = f"{low} to {top}, median {mid}; {n:,} different ones"
+    report.facts["sizes"] = f"{low}, all of them" if n == 1 else several
+    report.facts["kinds"] = f"{_counted(f['mode'])}; {_counted(f.format)}"
+    if f.turned.any():
+        report.facts["kinds"] += f"; {f.turned.sum():,} turned by EXIF"
 
 # %% ../nbs/checks.ipynb #11531923
 def default_split(
     cfg: Config,
 ) -> Config:
-    "The same with split='random' where the labels have no split of their own."
+    "Replace split='official' by split='random' where the labels have no split of their own."
     if cfg.split == "official" and read_set(replace(cfg, on_error="skip")).table.split.isna().all():
         return replace(cfg, split="random")
     return cfg
 
 
 def _published_parts(name: str) -> dict[str, int]:
-    "Sizes of the official parts; empty for a set without any."
-    sizes = [s.strip().replace(",", "") for s in find_set(name).official.split("/")]
-    return {part: int(n) for part, n in zip(("train", "val", "test"), sizes) if n.isdecimal()} if len(sizes) == 3 else {}
+    "Read the sizes of the official split; empty for a set without any."
+    sizes = find_set(name).official
+    return {} if isinstance(sizes, str) else {part: n for part, n in zip(("train", "val", "test"), sizes) if n}
 
 
-def _check_split(report: Report, found: ImageSet, cfg: Config, partial: bool, pairs: pd.DataFrame):
-    "Whether a split can be used; afterwards `split` of the set's table is the one that was asked for."
-    t = found.table
+def _split_sizes(splits: pd.Series, published: dict[str, int]) -> str:
+    "Write the sizes of a split beside the published ones: `train 7,058 of 7,058`."
+    n = splits.fillna("(none)").value_counts()
+    texts = []
+    for part in dict.fromkeys(("train", "val", "cal", "test", *n.index)):
+        if part in published or part in n:
+            texts.append(f"{part} {n.get(part, 0):,}" + (f" of {published[part]:,}" if part in published else ""))
+    return ", ".join(texts)
+
+# %% ../nbs/checks.ipynb #split002
+def _check_split(report: Report, images: ImageSet, cfg: Config, partial: bool, pairs: pd.DataFrame):
+    "Check whether a split can be used; afterwards the set's table has the split that was asked for."
+    t = images.table
     if t.empty:
         return
-    asked = cfg.split in ("random", "none")
-    if asked or (t.split.isna().all() and not cfg.split.endswith(".csv")):
+    if cfg.split in ("random", "none"):
         t["split"] = None
-        report.facts["split"] = f"{cfg.split}, nothing to check" if asked else "none in the labels; smart-iqa data split writes random ones"
+        report.facts["split"] = f"{cfg.split}, nothing to check"
+        return
+    if t.split.isna().all() and not cfg.split.endswith(".csv"):
+        t["split"] = None
+        report.facts["split"] = "none in the labels; smart-iqa data split writes random ones"
         return
     try:
         if cfg.split.endswith(".csv"):
             t["split"] = read_split(cfg.split, t.image)
-        published, n = _published_parts(cfg.dataset) if cfg.split == "official" else {}, t.split.fillna("(none)").value_counts()
-        said = {p: f"{p} {n.get(p, 0):,}" for p in ("train", "val", "cal", "test", *n.index) if p in published or p in n}
-        report.facts["split"] = ", ".join(text + (f" of {published[p]:,}" if p in published else "") for p, text in said.items())
-        parts = assign_splits(t, replace(cfg, split="official"), group_pairs(t.ref, pairs))
+        published = _published_parts(cfg.dataset) if cfg.split == "official" else {}
+        report.facts["split"] = _split_sizes(t.split, published)
+        splits = assign_splits(t, replace(cfg, split="official"), group_pairs(t.ref, pairs))
     except DataError as e:
         return report.add("split", [("", "", str(e))])
     try:
-        check_parts(replace(found, table=t.assign(split=parts)))
+        check_parts(replace(images, table=t.assign(split=splits)))
     except DataError as e:
         report.add("split", [("", "", str(e))], "warning" if partial else "problem")
 
+# %% ../nbs/checks.ipynb #leaks001
+def _across(report: Report, images: ImageSet, level: str):
+    "Find near-duplicates and references on both sides of the split."
+    t, p = images.table, report.pairs
+    cross = p[(p.split_a == "test") != (p.split_b == "test")]
+    cross = cross.sort_values(["bits", "correlation"], ascending=[True, False], kind="stable")
+    rows = []
+    for r in cross.itertuples():
+        a, b = (r.image_a, r.split_a), (r.image_b, r.split_b)
+        (test, _), (other, split) = (a, b) if r.split_a == "test" else (b, a)
+        near = f"nearly {other} ({split}): {r.bits} bits apart, correlation {r.correlation:.2f}"
+        rows.append((test, "", near))
+    report.add("leak" if level == "problem" else "crossing", rows, level)
+    test = t.split == "test"
+    both = sorted(set(t.ref[test]) & set(t.ref[~test])) if test.any() else []
+    report.add("reference", [(str(r), "", "in the test split and outside of it") for r in both], level)
 
-def _check_duplicates(report: Report, found: ImageSet, cfg: Config, partial: bool):
-    "Copies, near-duplicates and references, inside and across the parts of the split."
-    t, p, own = found.table, report.pairs, cfg.split.endswith(".csv") or cfg.dataset == "csv"
-    level = "problem" if cfg.leaks == "error" or (cfg.leaks == "auto" and own) else "warning"
+
+def _check_copies(report: Report):
+    "Find files with the same bytes, and how far apart their labels are."
+    good = report.files[report.files.digest != ""]
+    first = good.groupby("digest", sort=False)[["image", "score"]].transform("first")
+    copies = []
+    for r, image, score in zip(good.itertuples(), first.image, first.score):
+        if r.image != image:
+            apart = abs(r.score - score)
+            labels = f", and {apart:.1f} points apart in their labels" if apart > 0.05 else ""
+            copies.append((r.image, "", f"the same bytes as {image}{labels}"))
+    report.add("copies", copies, "warning")
+
+# %% ../nbs/checks.ipynb #leaks002
+def _check_duplicates(report: Report, images: ImageSet, cfg: Config, partial: bool):
+    "Check copies, near-duplicates and references, within and across the splits."
+    t, p, own = images.table, report.pairs, cfg.split.endswith(".csv") or cfg.dataset == "csv"
     report.facts["pairs"] = f"{len(p):,} near-duplicates"
     if len(p) and p.split_a.notna().all():
         report.facts["pairs"] += f": {_counted(p.split_a + '-' + p.split_b)}"
-    report.facts["pairs"] += f"; {int((p.bits == 0).sum()):,} with equal hashes (saved again or resized)" * bool((p.bits == 0).any())
-    cross = p[(p.split_a == "test") != (p.split_b == "test")].sort_values(["bits", "correlation"], ascending=[True, False], kind="stable")
-    rows = [(r.image_a, r.image_b, r.split_b, r) if r.split_a == "test" else (r.image_b, r.image_a, r.split_a, r) for r in cross.itertuples()]
-    report.add("leak" if level == "problem" else "crossing",
-               [(test, "", f"nearly {other} ({part}): {r.bits} bits apart, correlation {r.correlation:.2f}") for test, other, part, r in rows], level)
-    test = t.split == "test"
-    both = sorted(set(t.ref[test]) & set(t.ref[~test])) if test.any() else []
-    report.add("reference", [(str(r), "", "in the test part and outside of it") for r in both], level)
-    if (shared := t.ref[t.ref != t.image].nunique()):
-        report.facts["scenes"] = f"{shared:,} references for {int((t.ref != t.image).sum()):,} pictures"
-    good = report.files[report.files.digest != ""]
-    first = good.groupby("digest", sort=False)[["image", "score"]].transform("first")
-    copies = [(r.image, "", f"the same bytes as {i}" + f", and {abs(r.score - s):.1f} points apart in their labels" * bool(abs(r.score - s) > 0.05))
-              for r, i, s in zip(good.itertuples(), first.image, first.score) if r.image != i]
-    report.add("copies", copies, "warning")
+    if (p.bits == 0).any():
+        report.facts["pairs"] += f"; {int((p.bits == 0).sum()):,} with equal hashes (saved again or resized)"
+    _across(report, images, "problem" if cfg.leaks == "error" or (cfg.leaks == "auto" and own) else "warning")
+    shared = t.ref != t.image
+    if n := t.ref[shared].nunique():
+        report.facts["scenes"] = f"{n:,} references for {int(shared.sum()):,} pictures"
+    _check_copies(report)
 
 # %% ../nbs/checks.ipynb #4ee51633
 def check_set(
@@ -392,25 +471,26 @@ def check_set(
     threads: int | None = None,
     progress: bool = False,
 ) -> Report:
-    "Everything that can be known about a copy of a set, in one pass; nothing on disk is changed but the cache."
+    "Find out all that can be known about a copy of a set, in one pass; nothing on disk is changed but the cache."
     report = Report(cfg.dataset, Path(cfg.root or ""))
     try:
-        found = read_set(replace(cfg, on_error="skip"))
+        images = read_set(replace(cfg, on_error="skip"))
     except DataError as e:
         report.add("set", [("", "", str(e))])
         return report
     started = time.time()
-    report.files, sketches = look_at_all(found, threads, progress)
+    report.files, sketches = look_at_all(images, threads, progress)
     report.seconds = time.time() - started
-    pairs = duplicate_pairs(found, cfg, sketches=sketches)
-    for step in (_check_counts, _check_names, _check_extra, _check_labels, _check_pixels):
-        step(report, found, cfg, partial)
-    _check_split(report, found, cfg, partial, pairs)
-    report.files["split"] = found.table.split
+    pairs = duplicate_pairs(images, cfg, sketches=sketches)
+    for check in (_check_counts, _check_names, _check_extra, _check_labels, _check_pixels):
+        check(report, images, cfg, partial)
+    _check_split(report, images, cfg, partial, pairs)
+    report.files["split"] = images.table.split
     digest = report.files.digest.to_numpy()
-    report.pairs = name_pairs(pairs, found.table).assign(same_bytes=digest[pairs.a.to_numpy(int)] == digest[pairs.b.to_numpy(int)])
-    _check_duplicates(report, found, cfg, partial)
-    report.facts["speed"] = f"{report.rate:.0f} pictures a second ({report.seconds:.1f} s)"
+    same_bytes = digest[pairs.a.to_numpy(int)] == digest[pairs.b.to_numpy(int)]
+    report.pairs = name_pairs(pairs, images.table).assign(same_bytes=same_bytes)
+    _check_duplicates(report, images, cfg, partial)
+    report.facts["speed"] = f"{report.rate:.0f} pictures per second ({report.seconds:.1f} s)"
     return report
 
 # %% ../nbs/checks.ipynb #75e41bbf
@@ -421,15 +501,17 @@ def write_splits(
     again: bool = False,   # replace files that hold another split
     progress: bool = False,
 ) -> list[Path]:           # NAME-00.csv, NAME-01.csv, ...: the number is the seed
-    "Write random splits. DataError when one of the files is there with another content: somebody may have published it."
-    folder, found = Path(folder).expanduser(), load_set(replace(cfg, split="random"), progress)
+    "Write random splits. DataError when one of the files is there with another content: it may have been published."
+    folder, images = Path(folder).expanduser(), load_set(replace(cfg, split="random"), progress)
+    splits = list(random_splits(images, cfg, count))
     paths = [folder / f"{cfg.dataset}-{cfg.split_seed + k:02d}.csv" for k in range(count)]
     with tempfile.TemporaryDirectory() as fresh:
-        new = [save_split(s, Path(fresh) / p.name).read_bytes() for s, p in zip(random_splits(found, cfg, count), paths)]
-    if other := [p for p, text in zip(paths, new) if p.exists() and p.read_bytes() != text]:
-        if not again:
-            raise DataError(f"{other[0]}{f' and {len(other) - 1} more' if len(other) > 1 else ''}: holds another split; --again replaces it, --to names another folder")
-    for split, path, text in zip(random_splits(found, cfg, count), paths, new):
+        new = [save_split(split, Path(fresh) / p.name).read_bytes() for split, p in zip(splits, paths)]
+    other = [p for p, text in zip(paths, new) if p.exists() and p.read_bytes() != text]
+    if other and not again:
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise DataError(f"{other[0]}{more}: holds another split; --again replaces it, --to names another folder")
+    for split, path, text in zip(splits, paths, new):
         if not path.exists() or path.read_bytes() != text:
             save_split(split, path)
     return paths

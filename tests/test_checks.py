@@ -87,7 +87,7 @@ def test_sound_set(root, run):
         and "PROBLEM" not in out
         and "WARNING" not in out
     )
-    assert "1 (worst) to 5 (best)" in out and re.search(r"\d+ pictures a second", out)
+    assert "1 (worst) to 5 (best)" in out and re.search(r"\d+ pictures per second", out)
     assert "96 x 80 to 112 x 80" in out and "RGB 40; JPEG 40" in out
 
 
@@ -224,7 +224,7 @@ DAMAGES = [
     (no_test, "split", "problem", ("the test part has 0 images", "--split random")),
     (typo_in_split, "split", "problem", ("trian",)),
     (half_a_split, "split", "problem", ("2 of 40 images have no official split",)),
-    (references, "reference", "problem", ("wall: in the test part and outside of it",)),
+    (references, "reference", "problem", ("wall: in the test split and outside of it",)),
     (narrow, "range", "warning", ("they use 0 to 1 of 0-100", "--score-range")),
 ]
 IDS = [d[0].__name__ if d[0].__name__ != "<lambda>" else f"label-{k}" for k, d in enumerate(DAMAGES)]
@@ -356,7 +356,7 @@ def make_biq(root: Path, train: int = 20, test: int = 6) -> Path:
 @pytest.fixture
 def biq(tmp_path, monkeypatch):
     """Twenty-six pictures, which are all that were published."""
-    monkeypatch.setitem(FACTS, "biq2021", replace(FACTS["biq2021"], images=26, official="20 / none / 6"))
+    monkeypatch.setitem(FACTS, "biq2021", replace(FACTS["biq2021"], images=26, official=(20, 0, 6)))
     return make_biq(tmp_path / "biq")
 
 
