@@ -36,7 +36,7 @@ class SetFacts:
     kind: str = "authentic"  # authentic, synthetic (distorted by program from references), generated, rendered or own
     references: int | None = None  # references, or prompts of a generated set; None: each picture is its own scene
     label: str = "MOS"  # what the published number is, with its direction
-    official: str = ""  # the official split, train / val / test
+    official: tuple[int, int, int] | str = ""  # images of the official split (train, val, test), or what it is in words
     std: str = ""  # where std comes from, and how it got onto the 0-100 scale
     get: str = ""  # where to get it
     url: str | None = None  # an address that downloads without any form
@@ -47,6 +47,11 @@ class SetFacts:
     paper: str = ""  # NAME_test.json in NAME-test/ is the list of the SMART-IQA paper
     lists: tuple[tuple[float, float], ...] = ()  # scales, besides its own, on which lists of the set are handed on
     read: Callable | None = None  # (root, cfg) -> table, for a set elsewhere; None: `LOADERS`, or by `columns`
+
+    @property
+    def official_text(self) -> str:  # "7,058 / 1,000 / 2,015"
+        "Say what the official split is."
+        return self.official if isinstance(self.official, str) else " / ".join(f"{n:,}" if n else "none" for n in self.official)
 
 # %% ../nbs/04_sets.ipynb #8629eded
 _UT = (
@@ -60,7 +65,7 @@ FACTS = {
         10073,
         "Hosu et al., KonIQ-10k, IEEE TIP 29, 2020",
         label="MOS, higher is better",
-        official="7,058 / 1,000 / 2,015",
+        official=(7058, 1000, 2015),
         std="SD of votes 1-5, x 25",
         get="https://database.mmsp-kn.de/koniq-10k-database.html",
         files=(
@@ -198,7 +203,7 @@ FACTS |= {
         "Ahmed and Asif, BIQ2021, J. Electronic Imaging 31(5), 2022",
         "freely available for use and benchmarking",
         label="MOS, higher is better",
-        official="10,000 / none / 2,000",
+        official=(10_000, 0, 2000),
         get="https://github.com/nisarahmedrana/BIQ2021",
         files=("Train (Images and MOS).csv",),
         folders=("Images",),
@@ -229,7 +234,7 @@ FACTS |= {
 def facts_table() -> pd.DataFrame:  # kind, images, references, label, worst, best, official, std, terms, get, source
     "Return the facts as a frame, one row per set."
     names = ("kind", "images", "references", "label", "worst", "best", "official", "std", "terms", "get", "source")
-    rows = [{**vars(f), "worst": f.scale[0], "best": f.scale[1]} for f in FACTS.values()]
+    rows = [{**vars(f), "worst": f.scale[0], "best": f.scale[1], "official": f.official_text} for f in FACTS.values()]
     table = pd.DataFrame(rows, index=pd.Index(list(FACTS), name="set"))[list(names)]
     return table.astype({"images": "Int64", "references": "Int64"})
 
@@ -251,6 +256,7 @@ def set_info(
     f, empty = find_set(name), ("", None, (), (".",))
     shown = {n.name: getattr(f, n.name) for n in fields(f) if n.name not in ("columns", "reference", "lists", "read")}
     shown["scale"] = f"{f.scale[0]:g} (worst) to {f.scale[1]:g} (best)"
+    shown["official"] = f.official_text
     shown["paper"] = f.paper and f"{f.paper}-test/{f.paper}_test.json"
     lines = shown.items()
     lines = [(n, ", ".join(map(str, v)) if isinstance(v, tuple) else v) for n, v in lines if v not in empty]
