@@ -29,7 +29,7 @@ import pandas as pd
 from PIL import Image
 
 from .config import Config, check_names, make_config
-from .files import move, track
+from .files import track
 from .data import load_set, read_set
 from smart_iqa.splits import (
     NO_SKETCH, ImageSet, assign_splits, check_parts, duplicate_pairs, group_pairs, name_pairs, random_splits,
@@ -337,8 +337,8 @@ def default_split(
 
 def _published_parts(name: str) -> dict[str, int]:
     "Sizes of the official parts; empty for a set without any."
-    sizes = [s.strip().replace(",", "") for s in FACTS[name].official.split("/")]
-    return {part: int(n) for part, n in zip(("train", "val", "test"), sizes) if n.isdecimal()} if len(sizes) == 3 else {}
+    sizes = FACTS[name].official
+    return {} if isinstance(sizes, str) else {part: n for part, n in zip(("train", "val", "test"), sizes) if n}
 
 
 def _check_split(report: Report, found: ImageSet, cfg: Config, partial: bool, pairs: pd.DataFrame):
@@ -522,7 +522,7 @@ def fetch_set(
     _remove(work / ".git")  # it holds every picture a second time
     if folder.exists():
         folder.rmdir()
-    move(work, folder)
+    os.rename(work, folder)
     return folder
 
 # %% ../nbs/checks.ipynb #75e41bbf

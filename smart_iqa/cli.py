@@ -217,10 +217,11 @@ def runs(args: argparse.Namespace):
 # %% ../nbs/cli.ipynb #ef227a76
 def paper(args: argparse.Namespace) -> int:
     "Run every experiment of the paper that is missing or no longer stands, and gather tables, figures and claims into one report."
-    from smart_iqa.lab.report import STEPS, run_paper
+    from smart_iqa.lab.report import run_paper
+    from smart_iqa.lab.studies import pick_studies
 
     if args.list:
-        for s in STEPS:
+        for s in pick_studies():
             _say(f"{s.notebook:<16} {s.question:<62} {s.remakes}")
         return 0
     if args.profile != "demo" and not args.root:

@@ -33,7 +33,7 @@ class SetFacts:
     kind: str = "authentic"      # authentic, synthetic (distorted by program from references), generated, rendered or own
     references: int | None = None  # reference images, or prompts of a generated set; None: every picture is its own scene
     label: str = "MOS"           # what the published number is, with its direction
-    official: str = ""           # the official split, train / val / test
+    official: tuple[int, int, int] | str = ""  # images of the official split (train, val, test), or what it is in words
     std: str = ""                # where std comes from, and how it got onto the 0-100 scale
     get: str = ""                # where to get it
     url: str | None = None       # an address that downloads without any form
@@ -44,12 +44,17 @@ class SetFacts:
     paper: str = ""              # NAME_test.json in NAME-test/ is the list of the SMART-IQA paper
     lists: tuple[tuple[float, float], ...] = ()  # scales, besides its own, on which lists of the set are handed on
 
+    @property
+    def official_text(self) -> str:  # "7,058 / 1,000 / 2,015"
+        "Say what the official split is."
+        return self.official if isinstance(self.official, str) else " / ".join(f"{n:,}" if n else "none" for n in self.official)
+
 # %% ../nbs/04_sets.ipynb #8629eded
 _UT = "\"without written agreement and without license or royalty fees, to use, copy, modify, and distribute this database\", with its notice and acknowledged"
 
 FACTS = {
     "koniq-10k": SetFacts(
-        (0, 100), 10073, "Hosu et al., KonIQ-10k, IEEE TIP 29, 2020", label="MOS, higher is better", official="7,058 / 1,000 / 2,015",
+        (0, 100), 10073, "Hosu et al., KonIQ-10k, IEEE TIP 29, 2020", label="MOS, higher is better", official=(7058, 1000, 2015),
         std="SD of votes 1-5, x 25", get="https://database.mmsp-kn.de/koniq-10k-database.html",
         files=("koniq10k_scores_and_distributions.csv", "koniq10k_distributions_sets.csv", "koniq_train.json",
                "koniq10k_scores_and_distributions/koniq10k_scores_and_distributions.csv"),
@@ -91,7 +96,7 @@ FACTS = {
         files=("DatabaseGrades.xlsx",), folders=(".", "ImageDatabase", "images")),
     "biq2021": SetFacts(
         (0, 1), 12000, "Ahmed and Asif, BIQ2021, J. Electronic Imaging 31(5), 2022", "freely available for use and benchmarking",
-        label="MOS, higher is better", official="10,000 / none / 2,000", get="https://github.com/nisarahmedrana/BIQ2021",
+        label="MOS, higher is better", official=(10_000, 0, 2000), get="https://github.com/nisarahmedrana/BIQ2021",
         files=("Train (Images and MOS).csv",), folders=("Images",)),
     "demo": SetFacts((0, 100), None, DEMO_NOTE, "as each photograph's package says", kind="rendered", label="made up, higher is better",
                      official="by photograph", get="rendered on the spot"),
@@ -103,7 +108,7 @@ FACTS = {
 def facts_table() -> pd.DataFrame:  # kind, images, references, label, worst, best, official, std, terms, get, source
     "The facts as a frame, one row a set."
     names = ("kind", "images", "references", "label", "worst", "best", "official", "std", "terms", "get", "source")
-    rows = [{**vars(f), "worst": f.scale[0], "best": f.scale[1]} for f in FACTS.values()]
+    rows = [{**vars(f), "worst": f.scale[0], "best": f.scale[1], "official": f.official_text} for f in FACTS.values()]
     table = pd.DataFrame(rows, index=pd.Index(list(FACTS), name="set"))[list(names)]
     return table.astype({"images": "Int64", "references": "Int64"})
 
@@ -115,7 +120,9 @@ def set_info(
     check_names([name], FACTS, "dataset")
     f, empty = FACTS[name], ("", None, (), (".",))
     shown = {n.name: getattr(f, n.name) for n in fields(f) if n.name not in ("columns", "reference", "lists")}
-    lines = (shown | dict(scale=f"{f.scale[0]:g} (worst) to {f.scale[1]:g} (best)", paper=f.paper and f"{f.paper}-test/{f.paper}_test.json")).items()
+    paper = f.paper and f"{f.paper}-test/{f.paper}_test.json"
+    shown |= dict(scale=f"{f.scale[0]:g} (worst) to {f.scale[1]:g} (best)", paper=paper, official=f.official_text)
+    lines = shown.items()
     lines = [(n, ", ".join(map(str, v)) if isinstance(v, tuple) else v) for n, v in lines if v not in empty]
     return "\n".join([name, *(f"  {n:<11}{v:,}" if isinstance(v, int) else f"  {n:<11}{v}" for n, v in lines)])
 

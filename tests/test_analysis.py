@@ -23,9 +23,8 @@ from smart_iqa.lab.analysis import (
     verdict,
     worst_cases,
 )
-from smart_iqa.lab.compare import summarise
+from smart_iqa.lab.compare import VERDICTS, summarise
 from smart_iqa.lab.runs import execute, read_run, run_digest
-from smart_iqa.lab.sweeps import VERDICTS
 
 TINY = dict(profile="demo", limit=24, epochs=1, train_crops=1, val_crops=1, test_crops=2, batch_size=8, crop=64, size=64, amp="off", baseline=False,
             pretrained="none", checkpoint_minutes=5.0, threads=1)

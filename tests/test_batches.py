@@ -34,7 +34,7 @@ from smart_iqa.lab.runs import (
     planned_folder,
     run_state,
 )
-from smart_iqa.lab.sweeps import run_sweep
+from smart_iqa.lab.studies import Study, run_study
 from smart_iqa.lab.workers import Job, connect, finish, run_jobs
 
 pytest.importorskip("distributed", reason="needs Dask distributed: pip install 'smart-iqa[batch]'")
@@ -294,7 +294,8 @@ def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
     """NaN stops one arm with epoch, step and rates; its folder says so; the others are finished."""
     given = recipe(standin, epochs=1, seed=0)
     arms = {"control": {}, "explodes": dict(lr=1e30, clip=0.0, schedule="constant"), "l2": dict(loss="l2")}
-    sweep = run_sweep(arms, {k: v for k, v in given.items() if k != "seed"}, [0, 1], tmp_path, "sweep", workers=2)
+    common = {k: v for k, v in given.items() if k != "seed"}
+    sweep = run_study(Study("sweep", arms=dict(demo=arms)), "demo", recipe=common, out=tmp_path, batch="sweep", workers=2)
     assert sorted(sweep.runs) == [("control", 0), ("control", 1), ("l2", 0), ("l2", 1)] and list(sweep.missing) == ["explodes"]
     assert re.search(r"diverged: .*epoch 1.*lr \(now 1e\+30", sweep.missing["explodes"])
     log = list_runs(tmp_path, "state == 'failed'", every=True)

@@ -319,7 +319,7 @@ def make_biq(root: Path, train: int = 20, test: int = 6) -> Path:
 @pytest.fixture
 def biq(tmp_path, monkeypatch):
     """Twenty-six pictures, which are all that were published."""
-    monkeypatch.setitem(FACTS, "biq2021", replace(FACTS["biq2021"], images=26, official="20 / none / 6"))
+    monkeypatch.setitem(FACTS, "biq2021", replace(FACTS["biq2021"], images=26, official=(20, 0, 6)))
     return make_biq(tmp_path / "biq")
 
 

@@ -218,7 +218,11 @@ def run_notebook(monkeypatch, tmp_path, root, harm=None, **given) -> Path:
         return folder
 
     def finish(jobs, out, batch, *others):
-        return {key: execute(job.notebook, job.parameters, out, batch, job.name) for key, job in jobs.items()}
+        folders = {}
+        for key, job in jobs.items():
+            checkpoint = dict(checkpoint=folders[job.needs]) if job.needs else {}
+            folders[key] = execute(job.notebook, checkpoint | job.parameters, out, batch, job.name)
+        return folders
 
     monkeypatch.setattr("smart_iqa.lab.workers.finish", finish)
     recipe = dict(labels="labels.csv", score_range="0,100", split="official", leaks="mark")

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 
 from smart_iqa.demo import DEMO_NOTE
+from smart_iqa.lab.experiment import arm_table, caption_of, is_current, readable
 from smart_iqa.lab.figures import arms_figure
-from smart_iqa.lab.report import STEPS, _Listing, parameters_for, run_paper
+from smart_iqa.lab.report import _Listing, parameters_for, run_paper
 from smart_iqa.lab.runs import RunError, compare_runs, list_runs, parameters_of, run_digest
-from smart_iqa.lab.sweeps import caption_of, is_current, readable, recipe_of, run_sweep, sweep_table
+from smart_iqa.lab.studies import Study, pick_studies, run_study
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
 TINY = dict(limit=24, epochs=1, batch_size=8, crop=64, size=64, train_crops=1, val_crops=1, test_crops=1, pretrained="none", amp="off", threads=1, frozen=False)
@@ -35,7 +36,8 @@ ARMS = {"l1": dict(loss="l1"), "l2": dict(loss="l2"), "no weights": dict(method=
 
 def sweep(batch, arms=ARMS, **kw):
     out, given = batch
-    return run_sweep(arms, recipe_of("demo", given["recipe"], cache=given["cache"]), [0], out, "sweep", **kw)
+    study = Study("sweep", arms=dict(demo=arms), title="Losses")
+    return run_study(study, "demo", recipe=given["recipe"], seeds="0", cache=given["cache"], out=out, batch="sweep", **kw)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,11 @@ def times(out, batch="sweep"):
 
 
 def test_what_cannot_run_is_a_row_with_its_reason(first):
-    table = sweep_table(first)
+    table = arm_table(first)
     assert table.set_index("arm").seeds.to_dict() == {"l1": 1, "l2": 1, "no weights": 0, "diverges": 0, "large": 0}
     shown = readable(table).set_index("arm").SRCC
     assert shown["large"] == "not run: needs a GPU" and "weights are not on this machine" in shown["no weights"] and "diverged" in shown["diverges"]
-    assert DEMO_NOTE in caption_of(first, "Losses") and "n = 24" in caption_of(first, "Losses")
+    assert DEMO_NOTE in caption_of(first) and "n = 24" in caption_of(first)
 
 
 def test_another_error_stops_the_sweep(batch):
@@ -67,19 +69,19 @@ def test_validation_sweeps_keep_the_test_part_shut(first):
 
 def test_two_scenes_claim_nothing(first):
     """The demo's validation part has two photographs: no intervals, no p-values."""
-    table = sweep_table(first)
+    table = arm_table(first)
     assert table[["srcc_low", "low", "p", "p_holm"]].isna().all(axis=None) and "[" not in readable(table).SRCC[0]
     arms_figure(table)
 
 
 def test_a_deleted_run_is_the_only_one_that_reruns_and_the_table_is_the_same(batch, first):
-    before, table = times(batch[0]), sweep_table(first)
+    before, table = times(batch[0]), arm_table(first)
     gone = Path(first.runs["l2", 0]["folder"])
     shutil.rmtree(gone)
     again = sweep(batch)
     after = times(batch[0])
     assert {k for k in before if after[k] != before[k]} == {gone.name}
-    pd.testing.assert_frame_equal(sweep_table(again).drop(columns="seconds"), table.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(arm_table(again).drop(columns="seconds"), table.drop(columns="seconds"))
 
 
 def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
@@ -89,11 +91,11 @@ def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
     record["parts"]["val"]["srcc"] += 0.1
     try:
         (folder / "record.json").write_text(json.dumps(record))
-        changed = sweep_table(sweep(batch))
+        changed = arm_table(sweep(batch))
         assert run_digest(folder) != digest
     finally:
         (folder / "record.json").write_text(kept)
-    plain = sweep_table(first)
+    plain = arm_table(first)
     assert np.isclose(changed.srcc[0] - plain.srcc[0], 0.1) and "their predictions give" in changed.remark[0] and not plain.remark.any()
     dots = [[line.get_xdata()[0] for line in arms_figure(t).axes[0].lines if line.get_marker() == "o"] for t in (plain, changed)]
     assert dots[0][-1] != dots[1][-1] and dots[0][:-1] == dots[1][:-1]
@@ -113,7 +115,7 @@ def test_report_gathers_everything(report, batch):
     assert {p.name for p in (folder / "figures").iterdir()} >= {"ranking.pdf", "ranking.png"}
     assert {p.name for p in (folder / "tables").iterdir()} >= {"ranking.md", "ranking.tex", "ranking.csv"}
     page = (folder / "report.html").read_text()
-    assert DEMO_NOTE in page and "alpha=0.5" in page and page.count("data:image/png") >= 2 and "recipe_of(" not in page
+    assert DEMO_NOTE in page and "alpha=0.5" in page and page.count("data:image/png") >= 2 and "open_study(" not in page
     for outside in ('src="http', 'href="http', "<script"):
         assert outside not in page
     number = f"{pd.read_csv(folder / 'tables' / 'ranking.csv').srcc[1]:.3f}"
@@ -154,11 +156,11 @@ def test_a_failed_experiment_does_not_stop_the_others(batch, tmp_path):
 def test_parameters_of_every_experiment_fit():
     """What the list asks an experiment under any profile are parameters that it has."""
     common = dict(root=".", recipe="{}", seeds="0", cache=".", threads=1)
-    for step in STEPS:
+    for step in pick_studies():
         for profile in ("demo", "lite", "paper"):
             if step.takes == "runs":
                 assert {"runs", "root", "cache"} <= set(parameters_of(step.notebook))
-            elif (step.takes, profile) != ("sets", "paper"):
+            elif (step.takes, profile) != ("domains", "paper"):
                 assert set(parameters_for(step, profile, Path("."), "b", common)) <= set(parameters_of(step.notebook)), step
 
 
@@ -172,7 +174,7 @@ def test_cli_says_what_is_wrong(tmp_path):
     code, text = said("--only", "loses")
     assert code == 1 and "did you mean losses" in text
     code, text = said("--list")
-    assert code == 0 and all(s.notebook in text for s in STEPS) and not list(tmp_path.iterdir())
+    assert code == 0 and all(s.notebook in text for s in pick_studies()) and not list(tmp_path.iterdir())
 
 
 def test_the_log(first, batch):
@@ -204,7 +206,7 @@ def test_the_whole_demo(tmp_path):
     done = subprocess.run([*COMMAND, "paper", "--profile", "demo", "--out", str(tmp_path)], capture_output=True, text=True, timeout=4000)
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.glob("paper-demo/report-*/record.json")).read_text())
-    assert not record["failed"] and {f.split("/")[0] for f in record["files"]} == {"tables", "figures"} and len(record["inputs"]) == len(STEPS)
+    assert not record["failed"] and {f.split("/")[0] for f in record["files"]} == {"tables", "figures"} and len(record["inputs"]) == len(pick_studies())
 
 
 def test_threads_of_one_batch_lose_nothing(tmp_path):

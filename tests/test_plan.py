@@ -3,7 +3,6 @@ import json
 import os
 from dataclasses import replace
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -14,10 +13,9 @@ from smart_iqa.config import make_config
 from smart_iqa.data import load_set
 from smart_iqa.lab import plan, probe
 from smart_iqa.lab.plan import Machine, cost_of, describe, project
-from smart_iqa.lab.planned import PlannedRun, asked_runs, planned_runs
-from smart_iqa.lab.probe import data_key, kind_key, kind_of
-from smart_iqa.lab.report import pick_steps
-from smart_iqa.lab.runs import RunError, execute, is_finished, planned_folder, run_folder
+from smart_iqa.lab.probe import PlannedRun, data_key, kind_key, kind_of, planned_runs
+from smart_iqa.lab.runs import execute, is_finished, run_folder
+from smart_iqa.lab.studies import pick_studies
 from smart_iqa.training import make_model
 
 RECIPE = dict(dataset="csv", labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64, crop=64,
@@ -95,31 +93,17 @@ def test_what_does_not_fit_is_named_with_the_mend():
 
 
 def test_every_sweep_of_the_paper_can_be_asked():
-    """The arms are those of the notebooks; a run that two experiments want counts once."""
+    """The arms are those of the table; a run that two experiments want counts once."""
     runs, left_out = planned_runs("paper", seeds="0")
     assert set(left_out) == {"cross_dataset", "attention", "features", "errors", "architecture", "complexity"}
     asked = {e for r in runs for e in r.asked_by}
-    assert asked | set(left_out) == {s.notebook for s in pick_steps()}
+    assert asked | set(left_out) == {s.notebook for s in pick_studies()}
     l1 = [r for r in runs if {"losses", "regularization"} <= set(r.asked_by)]
     assert len(l1) == 1 and len({r.key for r in runs}) == len(runs)
     splits = [r for r in runs if r.asked_by == ("audit",) and r.cfg.split == "random"]
     assert len(splits) == 3 and all(dict(r.parts)["test"] == round(0.2 * 10073) for r in splits)
     assert any(r.cfg.method == "hyperiqa" and r.cfg.batch_size == 96 for r in runs)
     assert {r.cfg.batch_size for r in runs if "regularization" in r.asked_by} == {32, 8, 24}
-
-
-def test_a_sweep_that_cannot_be_reached_is_an_error(tmp_path):
-    """Two sweeps in one cell: the second would be left out, and the batch look cheaper than it is."""
-    cell = nbformat.v4.new_code_cell
-    two = "from smart_iqa.lab.sweeps import run_sweep\na = run_sweep({'x': {}}, {}, [0])\nb = run_sweep({'y': {}}, {}, [0])"
-    nb = nbformat.v4.new_notebook(cells=[cell("profile = None", metadata=dict(tags=["parameters"])), cell(two)])
-    nbformat.write(nb, tmp_path / "two.ipynb")
-    with pytest.raises(RunError, match="starts 2 sweeps and 1 could be asked"):
-        asked_runs(str(tmp_path / "two.ipynb"), {})
-    nb.cells[1].source = "1 / 0"
-    nbformat.write(nb, tmp_path / "two.ipynb")
-    with pytest.raises(RunError, match="cannot be planned: ZeroDivisionError"):
-        asked_runs(str(tmp_path / "two.ipynb"), {})
 
 
 @pytest.fixture(scope="module")
@@ -138,34 +122,6 @@ def test_planned_runs_are_those_that_were_started(swept):
     assert not left_out and len(folders) == 1
     assert folders == {f for f in batch.iterdir() if is_finished(f) and (f / "splits.csv").exists()}
     assert dict(runs[0].parts) == dict(train=25, val=8, test=8)
-
-
-@pytest.mark.parametrize("name", ["ablation", "audit", "interactions", "learning_rate", "losses", "regularization", "variants"])
-def test_planned_runs_are_those_that_a_sweep_would_start(name, standin, monkeypatch):
-    """run_sweep itself goes through its arms; each run fails at once, as where weights are missing for it alone."""
-    started = []
-
-    def fail(jobs, out, batch, *more):
-        for k, job in enumerate(jobs):
-            started.append(planned_folder(job.notebook, job.parameters, out, batch).name)
-            yield k, RunError("stopped by the test", "Diverged", "")
-
-    monkeypatch.setattr("smart_iqa.lab.sweeps.run_jobs", fail)
-    given = dict(profile="demo", root=str(standin), recipe=json.dumps(RECIPE), seeds="0")
-    with pytest.raises(RunError, match="no run of the control"):
-        asked_runs(name, given, collecting=False)
-    runs, _ = planned_runs("demo", name, **{k: v for k, v in given.items() if k != "profile"})
-    expected = [run_folder(r.cfg, load_set(r.cfg), "outputs", "plan").name for r in runs]
-    started = list(dict.fromkeys(started))  # two arms may be one run
-    assert started and started == expected[: len(started)]  # the first sweep of the notebook
-
-
-def test_parts_of_a_set_as_domains():
-    """Models are trained on each domain and seed, and scored on all of them."""
-    noted = asked_runs("cross_dataset", dict(profile="demo", domains=json.dumps(dict(a="*-blur-*", b="*-jpeg-*")), seeds="0,1"))
-    kinds = [a["notebook"] for a in noted]
-    assert kinds == ["train"] * 4 + ["evaluate"] * 8
-    assert {a["parameters"]["checkpoint"] for a in noted[4:]} == {a["folder"] for a in noted[:4]}
 
 
 def test_a_projection_is_held_against_a_run(swept, tmp_path):

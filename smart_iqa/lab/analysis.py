@@ -34,7 +34,7 @@ from . import figures
 from .compare import PART_NAMES, all_of, claim, corrected, part_of, resampling_of, verdict
 from .figures import with_interval
 from .runs import read_run, run_digest
-from .sweeps import write_experiment
+from .experiment import write_experiment
 from ..metrics import _counts, boot_models, fit_logistic, interval_of
 
 # %% ../../nbs/lab/analysis.ipynb #376b845d

@@ -22,8 +22,9 @@ import torch
 from ..config import Config, check_names, fingerprint, make_config
 from ..images import resized_size
 from ..files import cache_dir, span
-from .planned import PlannedRun, planned_runs
-from .probe import data_key, kind_key, kind_name, kind_of, measure, step_of
+from smart_iqa.lab.probe import (
+    PlannedRun, data_key, kind_key, kind_name, kind_of, measure, planned_runs, step_of,
+)
 from ..devices import environment
 from ..files import read_lines
 

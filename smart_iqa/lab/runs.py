@@ -6,8 +6,7 @@
 __all__ = ['RUN_LOCK', 'KERNEL_LOCK', 'FIT_LOCK', 'LOG', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here',
            'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'read_run', 'run_digest', 'time_left', 'run_state',
            'list_runs', 'compare_runs', 'publish_run', 'RunError', 'experiments', 'find_notebook', 'parameters_of',
-           'parse_value', 'NothingStarted', 'collect_runs', 'noting', 'planned_folder', 'execute', 'train_together',
-           'KilledError', 'fit_together']
+           'parse_value', 'planned_folder', 'execute', 'train_together', 'KilledError', 'fit_together']
 
 # %% ../../nbs/lab/runs.ipynb #d727eab7
 import hashlib
@@ -22,7 +21,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -382,28 +380,6 @@ def parse_value(text: str):
     except json.JSONDecodeError:
         return text
 
-# %% ../../nbs/lab/runs.ipynb #c9029bbd
-_noted: ContextVar[list | None] = ContextVar("noted", default=None)
-
-
-class NothingStarted(Exception):
-    "Raised by a sweep inside `collect_runs`, in the place of its results."
-
-
-@contextmanager
-def collect_runs() -> Iterator[list[dict]]:  # notebook, parameters, and folder (a name that stands for the run) or arm, a row a run
-    "Inside it nothing is started: `execute` notes what it was asked for and returns a folder that is not there, a sweep notes all its runs and raises NothingStarted."
-    token = _noted.set([])
-    try:
-        yield _noted.get()
-    finally:
-        _noted.reset(token)
-
-
-def noting() -> list[dict] | None:
-    "The list that runs are noted in, None where they are really started."
-    return _noted.get()
-
 # %% ../../nbs/lab/runs.ipynb #f6fb6175
 def _line(state: dict) -> str:
     "One line about a progress state: what, how far, rate, time left."
@@ -521,9 +497,6 @@ def execute(
     if "folder" in given:
         raise ValueError("folder is made of out, batch and name; give those")
     out, batch, name = given.pop("out", out), given.pop("batch", batch), given.pop("name", name)  # as words they mean the same
-    if (noted := noting()) is not None:
-        noted.append(dict(notebook=path.stem, parameters=given, folder=f"run-{len(noted)}"))
-        return Path(noted[-1]["folder"])
     folder = _folder_of(path.stem, given, known, Path(out).expanduser().resolve(), batch, name)
     if is_finished(folder) and not again:  # also where nothing may be written
         say(f"finished before: {folder}")

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,8 +24,7 @@ from IPython.display import HTML, display
 from ..config import FILES, fingerprint
 from ..files import meanwhile, span, usable_cores
 from ..devices import code_digest, versions
-from .runs import Busy, is_finished, run_state
-from .runs import RunError, execute, find_notebook, noting, planned_folder
+from .runs import Busy, RunError, execute, find_notebook, is_finished, planned_folder, run_state
 
 # %% ../../nbs/lab/workers.ipynb #a2a816e9
 ATTEMPTS = 3  # at starting workers, and at a run that is killed
@@ -97,6 +96,16 @@ class Job:
     parameters: dict
     name: str | None = None  # readable part of its folder's name
     label: str = ""          # what people call it: "l1, seed 0"
+    key: tuple = ()          # what it is in the list that it belongs to: (arm, seed)
+    needs: tuple | None = None  # key of a run of the same list, whose folder becomes the parameter `checkpoint`
+
+    @property
+    def arm(self) -> str:
+        return self.key[0] if self.key else ""
+
+    @property
+    def seed(self) -> int | None:
+        return self.parameters.get("seed")
 
 
 def _versions(notebook: str) -> dict[str, str | None]:
@@ -199,7 +208,7 @@ def run_jobs(
 ) -> Iterator[tuple[int, Path | RunError]]:   # number of a job, and its folder or why it failed; in the order in which they end
     "Start what is missing, skip what is finished. RunError is raised only where the scheduler is lost; stop early by leaving the loop."
     out, say = str(Path(out).expanduser().resolve()), echo or (lambda text: None)
-    jobs = [Job(j.notebook, _everywhere(j.parameters), j.name, j.label) for j in jobs]
+    jobs = [replace(job, parameters=_everywhere(job.parameters)) for job in jobs]
     wanted = {notebook: _versions(notebook) for notebook in {j.notebook for j in jobs}}
     doer, attempts, flying = _Many(client, say) if client else _Alone(), Counter(), set()
     waiting = [(0.0, k) for k in range(len(jobs))]  # not before, job
@@ -323,21 +332,40 @@ def _rich(states: pd.DataFrame, title: str):
 
 # %% ../../nbs/lab/workers.ipynb #1feb6d6f
 def finish(
-    jobs: dict[object, Job],  # by whatever the caller knows them by
-    out: str | Path = "outputs", batch: str = "runs",
+    jobs: dict[object, Job],  # by their keys, or by whatever the caller knows them by where none needs another
+    out: str | Path = "outputs",
+    batch: str = "runs",
     workers: int | str | None = None,  # as `connect` has them
-    only_finished: bool = False,       # start nothing
-) -> dict[object, Path]:      # the folders of those that are finished, in the order of the jobs
-    "Runs, made now where they are missing. RunError where one fails: when all others are done after one of HOPELESS, when those that were out are done after another."
-    if noting() is not None:
-        return {key: execute(j.notebook, j.parameters, out, batch, j.name) for key, j in jobs.items()}  # noted, not started
-    jobs = {key: Job(j.notebook, _everywhere(j.parameters), j.name, j.label) for key, j in jobs.items()}  # a relative root is another name
+    only_finished: bool = False,  # start nothing
+) -> dict[object, Path]:  # the folders of those that are finished, in the order of the jobs
+    """Finish all jobs: start what is missing. Runs that need another run's checkpoint follow when that is finished.
+
+    RunError where one fails: after one of HOPELESS when all others are done, after another when those that were out are.
+    """
+    first = {key: job for key, job in jobs.items() if job.needs is None}
+    folders = _finish(first, out, batch, workers, only_finished)
+    later = {}
+    for key, job in jobs.items():
+        if job.needs in folders:
+            later[key] = replace(job, parameters=dict(checkpoint=str(folders[job.needs])) | job.parameters, needs=None)
+    folders |= _finish(later, out, batch, workers, only_finished)
+    return {key: folders[key] for key in jobs if key in folders}
+
+
+def _finish(jobs: dict, out, batch: str, workers, only_finished: bool) -> dict:
+    "The same for runs of which none needs another."
+    jobs = {key: replace(j, parameters=_everywhere(j.parameters)) for key, j in jobs.items()}  # a relative root is another name
     folders = {key: planned_folder(j.notebook, j.parameters, out, batch, j.name) for key, j in jobs.items()}
     todo = [] if only_finished else [key for key, f in folders.items() if not is_finished(f)]
+    labels = {jobs[key].label or folders[key].name: folders[key] for key in todo}
     failed = []
+
+    def skip(job: Job) -> str | None:
+        return "stopped" if any(e.kind not in HOPELESS for e in failed) else None
+
     if todo:
-        with connect(workers) as client, LiveTable(lambda: {jobs[key].label or folders[key].name: folders[key] for key in todo}, echo=None):
-            for _, ended in run_jobs([jobs[key] for key in todo], out, batch, client, lambda job: "stopped" if any(e.kind not in HOPELESS for e in failed) else None):
+        with connect(workers) as client, LiveTable(lambda: labels, echo=None):
+            for _, ended in run_jobs([jobs[key] for key in todo], out, batch, client, skip):
                 failed += [ended] if isinstance(ended, RunError) else []
     if failed:
         raise min(failed, key=lambda e: e.kind in HOPELESS)  # what stopped the others, if something did
