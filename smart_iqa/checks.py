@@ -29,7 +29,7 @@ import pandas as pd
 from PIL import Image
 
 from .config import Config, check_names, make_config
-from .files import track
+from .files import move, track
 from .data import load_set, read_set
 from smart_iqa.splits import (
     NO_SKETCH, ImageSet, assign_splits, check_parts, duplicate_pairs, group_pairs, name_pairs, random_splits,
@@ -522,7 +522,7 @@ def fetch_set(
     _remove(work / ".git")  # it holds every picture a second time
     if folder.exists():
         folder.rmdir()
-    os.rename(work, folder)
+    move(work, folder)
     return folder
 
 # %% ../nbs/checks.ipynb #75e41bbf

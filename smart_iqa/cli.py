@@ -243,12 +243,13 @@ def paper(args: argparse.Namespace) -> int:
 # %% ../nbs/cli.ipynb #c16b458f
 def plan(args: argparse.Namespace):
     "How long a batch of the paper will take, and how much memory and disk: measured in a few steps and projected, for this machine or a described one."
-    from smart_iqa.lab.plan import report
+    from smart_iqa.lab.estimate import estimate_text
 
     if args.root and not Path(args.root).is_dir():
         raise ValueError(f"{args.root}: no such folder")
-    _say(report(args.profile, args.only, args.without, args.root, args.recipe, args.seeds, args.workers or 1, args.machine, args.against, args.steps, args.again, args.threads, args.cache,
-                args.anywhere, echo=_note))
+    common = {k: getattr(args, k) for k in ("root", "recipe", "seeds", "threads", "cache")}
+    _say(estimate_text(args.profile, args.only, args.without, args.workers or 1, args.machine, args.against, args.steps,
+                       args.again, args.anywhere, echo=_note, **common))
 
 # %% ../nbs/cli.ipynb #41e6f88c
 def _set_config(args: argparse.Namespace, **more):
@@ -438,7 +439,7 @@ def _plan_arguments(p: argparse.ArgumentParser):
     p.add_argument("--root", metavar="DIR", help="folder of the image set; without it the published numbers of pictures and rendered pictures of that size are used")
     _batch_arguments(p)
     p.add_argument("--workers", type=_count, metavar="N", help="runs at once (default: 1)")
-    p.add_argument("--machine", metavar="WORDS", help="another machine: 'a100-80gb devices=4 cores=32 disk_gb=500', or tflops= and memory_gb= of one device, utilisation= where it is known")
+    p.add_argument("--machine", metavar="WORDS", help="another machine: 'a100-80gb devices=4 cores=32 disk_gb=500', or tflops= and memory_gb= of one device")
     p.add_argument("--against", metavar="RUN", help="compare the projection of this finished run with what it took")
     p.add_argument("--anywhere", action="store_true", help="--against may be of another machine")
     p.add_argument("--steps", type=_count, default=3, metavar="N", help="measured steps of each kind of model (default: 3)")
