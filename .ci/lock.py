@@ -1,4 +1,6 @@
-"""Pin a paper run: write .ci/requirements.lock, every distribution that the package's requirements pull in, as installed here."""
+"""Pin a paper run: write .ci/requirements.lock, every distribution that the package's requirements pull in, as
+installed here."""
+
 import platform
 from collections.abc import Iterable
 from configparser import ConfigParser
@@ -44,6 +46,11 @@ def pinned(
 
 
 if __name__ == "__main__":
-    lines = [f"{name}=={version}" for name, version in pinned(f"{config['DEFAULT']['requirements']} {config['DEFAULT']['batch_requirements']}".split()).items()]
+    lines = [
+        f"{name}=={version}"
+        for name, version in pinned(
+            f"{config['DEFAULT']['requirements']} {config['DEFAULT']['batch_requirements']}".split()
+        ).items()
+    ]
     text = HEADER.format(python=platform.python_version(), system=platform.system()) + "\n".join(lines) + "\n"
     (root / ".ci" / "requirements.lock").write_text(text, encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Write the parameters cell of nbs/experiments/train.ipynb from `Config`. With --check: change nothing, exit 1 if it is stale."""
+"""Write the parameters cell of nbs/experiments/train.ipynb from `Config`. With --check: change nothing, exit 1 if it is
+stale."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Make README.md and its pictures from nbs/index.ipynb. With --check: change nothing, exit 1 if they are not up to date."""
+"""Make README.md and its pictures from nbs/index.ipynb. With --check: change nothing, exit 1 if they are not up to
+date."""
+
 import re
 import sys
 from pathlib import Path

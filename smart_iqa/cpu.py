@@ -31,51 +31,70 @@ def _padded(x: torch.Tensor, top: int, bottom: int, left: int, right: int) -> to
     return out.permute(0, 3, 1, 2)
 
 
-def _of_weight(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]) -> torch.Tensor:
+def _of_weight(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
+) -> torch.Tensor:
     "Gradient of a depthwise weight (C, 1, k, k), put together from tiles of at most 3 x 3, which are quick."
     (h, w), k = grad.shape[2:], weight.shape[-1]
 
     def tile(x, padding, rows, columns):
         like = weight.new_empty(len(weight), 1, rows, columns)
-        return torch.ops.aten.convolution_backward(grad, x, like, [0], stride, padding, [1, 1], False, [0, 0], len(weight), [False, True, False])[1]
+        return torch.ops.aten.convolution_backward(
+            grad, x, like, [0], stride, padding, [1, 1], False, [0, 0], len(weight), [False, True, False]
+        )[1]
 
     if k == 3:
         return tile(x, padding, 3, 3)
     if any(padding):
         x = _padded(x, padding[0], padding[0], padding[1], padding[1])
     cuts = [(i, min(3, k - i)) for i in range(0, k, 3)]
-    rows = [[tile(x[:, :, i : i + stride[0] * (h - 1) + m, j : j + stride[1] * (w - 1) + n], (0, 0), m, n) for j, n in cuts] for i, m in cuts]
+    rows = [
+        [tile(x[:, :, i : i + stride[0] * (h - 1) + m, j : j + stride[1] * (w - 1) + n], (0, 0), m, n) for j, n in cuts]
+        for i, m in cuts
+    ]
     return torch.cat([torch.cat(r, 3) for r in rows], 2)
 
 
-def _of_input(grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], stride: list[int], padding: list[int]) -> torch.Tensor:
-    "Gradient of a depthwise convolution's input, by forward convolutions of the output's gradient: one for each phase of the stride."
+def _of_input(
+    grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], stride: list[int], padding: list[int]
+) -> torch.Tensor:
+    """Compute the gradient of a depthwise convolution's input by forward convolutions of the output's gradient.
+
+    There is one for each phase of the stride."""
     (h, w), (t, u), c, k = size, padding, len(weight), weight.shape[-1]
     if tuple(stride) == (1, 1) and max(padding) < k:
         return F.conv2d(grad, weight.flip(2, 3), None, 1, (k - 1 - t, k - 1 - u), 1, c)
-    reached = [stride[d] * (grad.shape[2 + d] - 1) + k for d in (0, 1)]                           # what lies beyond was never looked at
-    out = (grad.new_empty if reached == [h + 2 * t, w + 2 * u] else grad.new_zeros)(len(grad), h + 2 * t, w + 2 * u, c).permute(0, 3, 1, 2)
+    reached = [stride[d] * (grad.shape[2 + d] - 1) + k for d in (0, 1)]  # what lies beyond was never looked at
+    out = (grad.new_empty if reached == [h + 2 * t, w + 2 * u] else grad.new_zeros)(
+        len(grad), h + 2 * t, w + 2 * u, c
+    ).permute(0, 3, 1, 2)
     for a in range(stride[0]):
         for b in range(stride[1]):
             taps = weight[:, :, a :: stride[0], b :: stride[1]].flip(2, 3)
             phase = F.conv2d(grad, taps, None, 1, (taps.shape[2] - 1, taps.shape[3] - 1), 1, c)
-            out[:, :, a : a + stride[0] * phase.shape[2] : stride[0], b : b + stride[1] * phase.shape[3] : stride[1]] = phase
+            out[
+                :, :, a : a + stride[0] * phase.shape[2] : stride[0], b : b + stride[1] * phase.shape[3] : stride[1]
+            ] = phase
     return out[:, :, t : t + h, u : u + w]
 
 
 class _FastConv(torch.autograd.Function):
-    "Convolution, and a ReLU6 after it, in bf16 on a CPU: one kernel forwards, and those that are quick there backwards."
+    "Convolution, and a ReLU6 after it, in bf16 on a CPU: one kernel forwards, and those that are fast there backwards."
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, depthwise, relu6):
         x, weight, bias = (t.to(torch.bfloat16) for t in (x, weight, bias))
         ctx.size, ctx.how, ctx.above, ctx.depthwise = x.shape[2:], (stride, padding), (0, 0), depthwise
         if padding == "same":
-            around = [max((-(-size // d) - 1) * d + k - size, 0) for size, d, k in zip(ctx.size, stride, weight.shape[2:])]
+            around = [
+                max((-(-size // d) - 1) * d + k - size, 0) for size, d, k in zip(ctx.size, stride, weight.shape[2:])
+            ]
             ctx.how, ctx.above = (stride, (0, 0)), [p // 2 for p in around]
             x = _padded(x, *(q for p in around for q in (p // 2, p - p // 2))) if any(around) else x
         act = ("hardtanh", [0.0, 6.0], "") if relu6 else ("none", [], "")
-        y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *reversed(ctx.how), [1, 1], x.shape[1] // weight.shape[1], *act)
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, *reversed(ctx.how), [1, 1], x.shape[1] // weight.shape[1], *act
+        )
         ctx.save_for_backward(x, weight, y if relu6 else None)
         return y
 
@@ -88,14 +107,34 @@ class _FastConv(torch.autograd.Function):
             of_weight, of_bias = _of_weight(grad, x, weight, *how), grad.sum((0, 2, 3), dtype=torch.float32)
             of_x = _of_input(grad, weight, x.shape[2:], *how) if ctx.needs_input_grad[0] else None
         else:
-            of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *how, [1, 1], False, [0, 0], x.shape[1] // weight.shape[1],
-                                                                           [ctx.needs_input_grad[0], True, True])
+            of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+                grad,
+                x,
+                weight,
+                [len(weight)],
+                *how,
+                [1, 1],
+                False,
+                [0, 0],
+                x.shape[1] // weight.shape[1],
+                [ctx.needs_input_grad[0], True, True],
+            )
         (top, left), (h, w) = ctx.above, ctx.size
-        return None if of_x is None else of_x[:, :, top : top + h, left : left + w], of_weight.float(), of_bias.float(), None, None, None, None
+        return (
+            None if of_x is None else of_x[:, :, top : top + h, left : left + w],
+            of_weight.float(),
+            of_bias.float(),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _NormedConv(nn.Conv2d):
-    "A convolution that does the work of the frozen batch norm after it, and of its activation; `freeze_norms` makes it of a plain one."
+    """A convolution that does the work of the frozen batch norm after it, and of its activation.
+
+    `freeze_norms` makes it of a plain one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm, plain, _ = self.norm
@@ -103,7 +142,11 @@ class _NormedConv(nn.Conv2d):
         act, relu6 = getattr(norm, "act", nn.Identity()), type(getattr(norm, "act", None)) is nn.ReLU6
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight, bias = self.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
-        depthwise = weight.shape[1] == 1 and self.groups == self.out_channels and weight.shape[2] == weight.shape[3] >= max(self.stride)
+        depthwise = (
+            weight.shape[1] == 1
+            and self.groups == self.out_channels
+            and weight.shape[2] == weight.shape[3] >= max(self.stride)
+        )
         bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
         on_cpu_bf16 = x.device.type == "cpu" and bf16 and torch.is_grad_enabled() and _has_onednn(True)
         if on_cpu_bf16 and (depthwise or relu6) and self.dilation == (1, 1) and self.padding != "valid":
@@ -121,12 +164,20 @@ class _SpentNorm(nn.BatchNorm2d):
 
 # %% ../nbs/cpu.ipynb #f1a0d793
 def _conv_norm_pairs(module: nn.Module):
-    "Every convolution without a bias that is followed by a batch norm of its own: parent, name and convolution, name and norm."
+    """Yield every convolution without a bias that is followed by a batch norm of its own.
+
+    Each as parent, name and convolution, name and norm."""
     for parent in list(module.modules()):
         before = None  # the convolution that came last among the children
         for name, child in list(parent.named_children()):
-            alone = isinstance(child, nn.BatchNorm2d) and child.affine and isinstance(getattr(child, "drop", nn.Identity()), nn.Identity)
-            if alone and before and before[1].bias is None and before[1].out_channels == child.num_features:  # with a bias, something else may come between
+            alone = (
+                isinstance(child, nn.BatchNorm2d)
+                and child.affine
+                and isinstance(getattr(child, "drop", nn.Identity()), nn.Identity)
+            )
+            if (
+                alone and before and before[1].bias is None and before[1].out_channels == child.num_features
+            ):  # with a bias, something else may come between
                 yield parent, *before, name, child
             if not isinstance(child, nn.Identity):
                 before = (name, child) if isinstance(child, nn.Conv2d) else None
@@ -135,7 +186,9 @@ def _conv_norm_pairs(module: nn.Module):
 def freeze_norms(
     module: nn.Module,  # changed in place; names and number of its parameters stay
 ):
-    "Use the running statistics of the batch norms that follow a convolution in training as in scoring, and gradients reach their weight and bias as before. Others have to be in eval mode."
+    """Use the running statistics of the batch norms that follow a convolution in training, as in scoring.
+
+    Gradients reach their weight and bias as before. Other batch norms have to be in eval mode."""
     for _, _, conv, _, norm in _conv_norm_pairs(module):
         plain = type(conv) is nn.Conv2d or (type(conv) is Conv2dSame and conv.dilation == (1, 1))
         if plain and conv.padding_mode == "zeros" and not isinstance(norm, _SpentNorm):
@@ -173,7 +226,7 @@ class _FusedConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, act: bool, dtype: torch.dtype):
         super().__init__()
         (k, _), self.stride, self.groups, padding = conv.kernel_size, list(conv.stride), conv.groups, conv.padding
-        self.same = isinstance(conv, Conv2dSame)                 # then, of even sizes: (k - 2) // 2 above, one more below
+        self.same = isinstance(conv, Conv2dSame)  # then, of even sizes: (k - 2) // 2 above, one more below
         weight = F.pad(conv.weight.detach(), (1, 0, 1, 0)) if self.same else conv.weight.detach()
         self.padding = [(k - 2) // 2 + 1] * 2 if self.same else list(padding)
         self.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=torch.channels_last), False)
@@ -185,26 +238,32 @@ class _FusedConv(nn.Module):
         if self.same and (x.shape[2] % 2 or x.shape[3] % 2):
             weight, padding = weight[:, :, 1:, 1:].contiguous(memory_format=torch.channels_last), [0, 0]
             x = pad_same(x, weight.shape[2:], self.stride)
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, padding, self.stride, [1, 1], self.groups, *self.act)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, self.bias, padding, self.stride, [1, 1], self.groups, *self.act
+        )
 
 
 def _fusable(conv: nn.Module) -> bool:
-    "Whether `_FusedConv` knows this convolution: plain, or \"same\" with stride 2."
+    'Whether `_FusedConv` knows this convolution: plain, or "same" with stride 2.'
     plain = type(conv) is nn.Conv2d and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
     same = type(conv) is Conv2dSame and conv.stride == (2, 2) and conv.kernel_size[0] == conv.kernel_size[1] >= 2
     return (plain or same) and conv.bias is not None and conv.dilation == (1, 1)
 
 
 def for_scoring(
-    model: nn.Module,             # with a `Backbone` as its `backbone`, in eval mode
+    model: nn.Module,  # with a `Backbone` as its `backbone`, in eval mode
     device: torch.device | str,
-    bf16: bool = False,           # it will be called under autocast to bf16
-) -> nn.Module:                   # a copy that shares no changed tensor, or the model itself where nothing is to be gained
-    "The model as it scores fastest, with the same numbers: batch norms folded, activations fused (CPU), weights kept in bf16, channels last."
+    bf16: bool = False,  # it will be called under autocast to bf16
+) -> nn.Module:  # a copy that shares no changed tensor, or the model itself where nothing is to be gained
+    """Return the model as it scores fastest, with the same numbers.
+
+    Batch norms are folded, activations fused (CPU), weights kept in bf16, channels last."""
     fast = fold_batchnorm(model)
     if bf16 and fast is model:
         fast = copy.deepcopy(model)
-    numbers = lambda: all(p.isfinite().all() for p in fast.backbone.parameters())  # the fused ReLU6 makes 0 of what is none
+    numbers = lambda: all(
+        p.isfinite().all() for p in fast.backbone.parameters()
+    )  # the fused ReLU6 makes 0 of what is none
     if fast is not model and torch.device(device).type == "cpu" and _has_onednn(bf16) and numbers():
         for parent in list(fast.backbone.modules()):
             pairs = list(parent.named_children())

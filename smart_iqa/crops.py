@@ -59,7 +59,9 @@ class PixelCache:
 def _unfinished(part: Path, journal: Path) -> list[list]:
     "Rows of an interrupted cache that are whole on disk; what lies behind them is cut off."
     rows, end, room = [], 0, part.stat().st_size if part.exists() else 0
-    for line in journal.read_bytes().split(b"\n")[:-1] if journal.exists() else ():  # behind the last newline is a torn line, or nothing
+    for line in (
+        journal.read_bytes().split(b"\n")[:-1] if journal.exists() else ()
+    ):  # behind the last newline is a torn line, or nothing
         row = json.loads(line)
         if len(row) == 4 and (end := row[1] + row[2] * row[3] * 3) > room:
             break
@@ -71,14 +73,22 @@ def _unfinished(part: Path, journal: Path) -> list[list]:
     return rows
 
 
-def _write_pixels(images: ImageSet, size: int, fit: str, part: Path, journal: Path, processes: int, progress: bool) -> list[list]:
-    "Decode what is not there yet and append it in order; rows [image, offset, height, width], or [image, reason] where there are no pixels."
+def _write_pixels(
+    images: ImageSet, size: int, fit: str, part: Path, journal: Path, processes: int, progress: bool
+) -> list[list]:
+    """Decode what is not there yet and append it in order.
+
+    Returns rows [image, offset, height, width], or [image, reason] for a picture without pixels."""
     rows = _unfinished(part, journal)
-    names, offset, many = list(images.table.image)[len(rows):], part.stat().st_size, processes or max(1, os.cpu_count() or 1)
+    names, offset, many = (
+        list(images.table.image)[len(rows) :],
+        part.stat().st_size,
+        processes or max(1, os.cpu_count() or 1),
+    )
     pool = ProcessPoolExecutor(many, mp_context=get_context("spawn")) if processes else ThreadPoolExecutor(many)
     with pool, open(part, "ab") as pixels, open(journal, "a", encoding="utf-8") as lines:
         bar = iter(track(range(len(names)), len(names), "decoding", progress))
-        for k in range(0, len(names), 8 * many):               # so few decoded pictures wait at once
+        for k in range(0, len(names), 8 * many):  # so few decoded pictures wait at once
             chunk, fresh = names[k : k + 8 * many], []
             for image, got in zip(chunk, pool.map(pixels_or_reason, [(images.path(i), size, fit) for i in chunk])):
                 fresh.append([image, got] if isinstance(got, str) else [image, offset, *got.shape[:2]])
@@ -97,21 +107,23 @@ def _write_pixels(images: ImageSet, size: int, fit: str, part: Path, journal: Pa
 # %% ../nbs/06_crops.ipynb #08768401
 def build_cache(
     images: ImageSet,
-    size: int = 384,          # short side in pixels
-    fit: str = "short",       # picture policy
+    size: int = 384,  # short side in pixels
+    fit: str = "short",  # picture policy
     folder: str | Path | None = None,  # where caches lie; None: the default cache folder
     on_error: str = "raise",  # or "skip": unreadable pictures leave the set and are listed in images.skipped
     progress: bool = False,
-    processes: int = 0,       # processes that decode; 0: one thread a core in this process
+    processes: int = 0,  # processes that decode; 0: one thread a core in this process
 ) -> PixelCache:
-    "The pixel cache of a set, made now, gone on with or found; its rows are the rows of `images.table`. DataError lists unreadable files."
+    """Return the pixel cache of a set: made now, resumed, or read. Its rows are the rows of `images.table`.
+
+    DataError lists the files that cannot be read."""
     names = list(images.table.image)
     stats = [(n, s.st_size, s.st_mtime_ns) for n in names for s in [images.path(n).stat()]]
     path = cache_dir(folder) / f"{images.name}-{size}-{fit}-{fingerprint([_DECODING, size, fit, stats], 16)}.u8"
     index_path, bad_path, part, journal = (path.with_suffix(e) for e in (".csv", ".bad.json", ".part", ".rows"))
     with locked(path.with_suffix(".lock")):
-        if not index_path.exists():                            # the index is written last
-            if path.exists() and not part.exists():            # died between the last two steps
+        if not index_path.exists():  # the index is written last
+            if path.exists() and not part.exists():  # died between the last two steps
                 move(path, part)
             rows = _write_pixels(images, size, fit, part, journal, processes, progress)
             bad_path.write_text(json.dumps([r for r in rows if len(r) == 2]), encoding="utf-8")
@@ -120,7 +132,11 @@ def build_cache(
             write_whole(index_path, index.to_csv(index=False))
             journal.unlink()
     index = pd.read_csv(index_path, dtype={"image": str}, keep_default_na=False)
-    bad = settle([tuple(p) for p in json.loads(bad_path.read_text(encoding="utf-8"))], on_error, f"{images.name} in {images.root}")
+    bad = settle(
+        [tuple(p) for p in json.loads(bad_path.read_text(encoding="utf-8"))],
+        on_error,
+        f"{images.name} in {images.root}",
+    )
     images.skipped = pd.concat([images.skipped, bad], ignore_index=True) if len(bad) else images.skipped
     expected = [p for p in ("train", "val", "cal", "test") if (images.table.split == p).any()]
     images.table = images.table[~images.table.image.isin(bad.image)].reset_index(drop=True)
@@ -190,20 +206,32 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB on 
 
 
 def share(
-    n: int,          # rows of a batch, or pictures of a part
-    rank: int = 0,   # of this process
+    n: int,  # rows of a batch, or pictures of a part
+    rank: int = 0,  # of this process
     world: int = 1,  # processes
 ) -> slice:
-    "What one of several processes takes of n things: parts in order, of equal size within one. Where nothing is left for it, the first thing once more."
+    """Return what one of several processes takes of n things: slices in order, whose sizes differ by at most one.
+
+    A process for which nothing is left takes the first thing once more."""
     start, stop = rank * n // world, (rank + 1) * n // world
     return slice(start, stop) if stop > start else slice(0, 1)
 
 
 class _Batches(Dataset):
-    "Item k is the k-th batch of a plan, or a process's share of it: uint8 (B, 3, crop, crop), and the picture rows of the whole batch."
+    """The batches of a plan, or one process's share of them, by number.
+
+    Each is uint8 crops (B, 3, crop, crop), and the picture rows of the whole batch."""
 
     def __init__(self, cache: PixelCache, plan: Plan, crop: int, batch_size: int, first: int, rank: int, world: int):
-        self.cache, self.plan, self.crop, self.batch_size, self.first, self.rank, self.world = cache, plan, crop, batch_size, first, rank, world
+        self.cache, self.plan, self.crop, self.batch_size, self.first, self.rank, self.world = (
+            cache,
+            plan,
+            crop,
+            batch_size,
+            first,
+            rank,
+            world,
+        )
 
     def __len__(self) -> int:
         return -(-len(self.plan) // self.batch_size) - self.first
@@ -211,7 +239,10 @@ class _Batches(Dataset):
     def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= k < len(self):
             raise IndexError(k)
-        c, p = self.crop, self.plan.part(slice((k + self.first) * self.batch_size, (k + self.first + 1) * self.batch_size))
+        c, p = (
+            self.crop,
+            self.plan.part(slice((k + self.first) * self.batch_size, (k + self.first + 1) * self.batch_size)),
+        )
         own = p.part(share(len(p), self.rank, self.world))
         out = np.empty((len(own), c, c, 3), np.uint8)
         for i, (row, y, x) in enumerate(zip(own.row, own.top, own.left)):
@@ -223,34 +254,42 @@ class _Batches(Dataset):
 
 
 def crop_batches(
-    cache: PixelCache, plan: Plan,
+    cache: PixelCache,
+    plan: Plan,
     crop: int,
     batch_size: int,
     workers: int = 0,  # processes; the crops are the same with any number
-    first: int = 0,    # start at this batch, when a killed epoch goes on
-    rank: int = 0, world: int = 1,  # of several processes that share every batch, as `share` says
+    first: int = 0,  # start at this batch, when a killed epoch goes on
+    rank: int = 0,
+    world: int = 1,  # of several processes that share every batch, as `share` says
 ) -> DataLoader:
-    "Batches of a plan: uint8 crops (B, 3, crop, crop) and picture rows (B,). The last batch may be smaller. One of several processes gets the crops of its share, and all rows."
-    own = torch.Generator()  # else every loader draws from the global generator, and a resumed run differs from a whole one
-    return DataLoader(_Batches(cache, plan, crop, batch_size, first, rank, world), batch_size=None, num_workers=workers, generator=own)
+    """Cut the batches of a plan: uint8 crops (B, 3, crop, crop) and picture rows (B,). The last may be smaller.
+
+    One of several processes gets the crops of its share, and all rows."""
+    own = (
+        torch.Generator()
+    )  # else every loader draws from the global generator, and a resumed run differs from a whole one
+    return DataLoader(
+        _Batches(cache, plan, crop, batch_size, first, rank, world), batch_size=None, num_workers=workers, generator=own
+    )
 
 # %% ../nbs/06_crops.ipynb #6fc09514
 def normalise(
     crops: torch.Tensor,  # (B, 3, H, W) uint8
     device: torch.device | str = "cpu",
-) -> torch.Tensor:        # (B, 3, H, W) float32
+) -> torch.Tensor:  # (B, 3, H, W) float32
     "Bytes to the model's input: 0-1, then ImageNet mean and standard deviation; in channels-last memory."
-    x = crops.to(device, non_blocking=True).permute(0, 2, 3, 1).contiguous()        # (B, H, W, 3)
+    x = crops.to(device, non_blocking=True).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
     mean, std = (torch.tensor(v, device=device).repeat(x.shape[2]) * 255 for v in (MEAN, STD))
-    rows = x.view(-1, 3 * x.shape[2]).float().sub_(mean).div_(std)                  # whole rows: faster than channel by channel
+    rows = x.view(-1, 3 * x.shape[2]).float().sub_(mean).div_(std)  # whole rows: faster than channel by channel
     return rows.view(x.shape).permute(0, 3, 1, 2)
 
 
 def jitter(
     crops: torch.Tensor,  # (B, 3, H, W) uint8
-    strength: float,      # 0: unchanged
+    strength: float,  # 0: unchanged
 ) -> torch.Tensor:
-    "Random brightness, contrast and saturation, each crop its own; drawn from torch's generator. Published switch, off by default."
+    "Change brightness, contrast and saturation of each crop at random (torch's generator). Published; off by default."
     if strength == 0:
         return crops
     change = v2.ColorJitter(strength, strength, strength)

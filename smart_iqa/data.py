@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .config import Config, check_names, make_config
+from .config import Config, make_config
 from .crops import build_cache, crop_batches, grid_plan, normalise, random_plan
 from .demo import DEMO_NOTE, RENDERED
 from .files import cache_dir
-from .sets import FACTS, LOADERS, DataError
+from .sets import DataError, find_set, reader_of
 from smart_iqa.splits import (
     ImageSet, assign_splits, check_leaks, check_parts, duplicate_pairs, group_pairs, name_pairs, settle,
 )
@@ -29,7 +29,10 @@ from smart_iqa.splits import (
 # %% ../nbs/07_data.ipynb #45a86148
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
     "Add score, std, ref; return the table and the rows whose labels cannot be used."
-    t, row = raw.reset_index(drop=True).copy(), raw.index.to_numpy() + 1  # as the labels have it, also where only some were taken
+    t, row = (
+        raw.reset_index(drop=True).copy(),
+        raw.index.to_numpy() + 1,
+    )  # as the labels have it, also where only some were taken
     scale = t.pop("scale") if "scale" in t else pd.Series([scale] * len(t))
     worst, best = (np.array([s[i] for s in scale], float) for i in (0, 1))
     t["image"] = t.image.astype(str)
@@ -40,9 +43,14 @@ def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFra
         given = t[name].astype(object) if name in t else pd.Series(None, t.index, dtype=object)
         t[name] = given.where(given.notna() & (given != ""), default)
     lo, hi = np.minimum(worst, best), np.maximum(worst, best)
-    problems = [(t.image[i], f"row {row[i]}: label {label[i]!r} is not a number") for i in np.flatnonzero(~np.isfinite(t.mos))]
+    problems = [
+        (t.image[i], f"row {row[i]}: label {label[i]!r} is not a number") for i in np.flatnonzero(~np.isfinite(t.mos))
+    ]
     outside = np.flatnonzero(np.isfinite(t.mos) & ((t.mos < lo - 1e-6) | (t.mos > hi + 1e-6)))
-    problems += [(t.image[i], f"row {row[i]}: label {t.mos[i]:g} is outside the declared {lo[i]:g} to {hi[i]:g}") for i in outside]
+    problems += [
+        (t.image[i], f"row {row[i]}: label {t.mos[i]:g} is outside the declared {lo[i]:g} to {hi[i]:g}")
+        for i in outside
+    ]
     problems += [(t.image[i], f"row {row[i]}: named twice in the labels") for i in np.flatnonzero(t.image.duplicated())]
     votes = ["votes"] if "votes" in t else []  # where the set tells how many people there were
     return t[["image", "mos", "score", "std", *votes, "ref", "split"]], problems
@@ -81,14 +89,17 @@ def _included(raw: pd.DataFrame, pattern: str | None, where: str) -> pd.DataFram
 
 def read_set(
     cfg: Config,  # dataset, root, labels ..., include, on_error
-) -> ImageSet:    # the table may be empty; `split` as the labels have it, None where they say nothing
-    "Labels and files of a set, checked against each other, before any picture is opened. DataError tells all that is wrong at once."
-    check_names([cfg.dataset], LOADERS, "dataset")
-    root = cache_dir(cfg.cache) / "demo" if cfg.dataset == "demo" and not cfg.root else Path(cfg.root or "").expanduser()
+) -> ImageSet:  # the table may be empty; `split` as the labels have it, None where they say nothing
+    "Check labels and files of a set against each other, before any picture is opened. DataError lists all problems."
+    facts, read = find_set(cfg.dataset), reader_of(cfg.dataset)
+    rendered = cfg.dataset == "demo" and not cfg.root
+    root = cache_dir(cfg.cache) / "demo" if rendered else Path(cfg.root or "").expanduser()
     if cfg.dataset != "demo" and not (cfg.root and root.is_dir()):
-        raise DataError(f"{cfg.dataset}: root={cfg.root!r} is not a folder; give the folder of the image set with root=")
+        raise DataError(
+            f"{cfg.dataset}: root={cfg.root!r} is not a folder; give the folder of the image set with root="
+        )
     where = f"{cfg.dataset} in {root}"
-    table, bad_labels = _to_table(_included(LOADERS[cfg.dataset](root, cfg), cfg.include, where), FACTS[cfg.dataset].scale)
+    table, bad_labels = _to_table(_included(read(root, cfg), cfg.include, where), facts.scale)
     files, missing = _find_files(root, list(table.image))
     skipped = settle(bad_labels + missing, cfg.on_error, where)
     keep = ~table.image.isin(skipped.image)
@@ -97,12 +108,18 @@ def read_set(
     table["image"] = files
     table = table[keep.to_numpy()].reset_index(drop=True)
     made = root / RENDERED  # a stand-in in the layout of a published set says so itself
-    note = DEMO_NOTE if cfg.dataset == "demo" else json.loads(made.read_text(encoding="utf-8"))["note"] if made.exists() else ""
+    note = (
+        DEMO_NOTE
+        if cfg.dataset == "demo"
+        else json.loads(made.read_text(encoding="utf-8"))["note"]
+        if made.exists()
+        else ""
+    )
     return ImageSet(cfg.dataset, root, table, note, skipped, renamed=renamed)
 
 
 def load_set(
-    cfg: Config,             # dataset, root, labels ..., split ..., on_error, group_duplicates, limit
+    cfg: Config,  # dataset, root, labels ..., split ..., on_error, group_duplicates, limit
     progress: bool = False,
 ) -> ImageSet:
     "The image set that a configuration names, checked and split. DataError tells all that is wrong at once."
@@ -110,7 +127,11 @@ def load_set(
     table = found.table
     if table.empty:
         raise DataError(f"{cfg.dataset} in {found.root}: no image is left")
-    pairs = duplicate_pairs(found, cfg, progress) if cfg.group_duplicates else pd.DataFrame(columns=["a", "b", "bits", "correlation"])
+    pairs = (
+        duplicate_pairs(found, cfg, progress)
+        if cfg.group_duplicates
+        else pd.DataFrame(columns=["a", "b", "bits", "correlation"])
+    )
     table["split"] = assign_splits(table, cfg, group_pairs(table.ref, pairs))
     if cfg.group_duplicates:
         found.duplicates = name_pairs(pairs, table)
@@ -118,7 +139,9 @@ def load_set(
         check_leaks(found)
     if cfg.limit:
         found.table = table.groupby("split", sort=False).head(cfg.limit).reset_index(drop=True)
-    only_test = cfg.split == "none" or (cfg.split == "paper" and (found.table.split == "test").all())  # most of the paper's lists
+    only_test = cfg.split == "none" or (
+        cfg.split == "paper" and (found.table.split == "test").all()
+    )  # most of the paper's lists
     check_parts(found, ("test",) if only_test else ("train", "val", "test") + ("cal",) * bool(cfg.cal_fraction))
     return found
 
@@ -136,8 +159,17 @@ def index_names(
 class Crops:
     "Batches of crops and scores, as often as one goes through; `len` is their number."
 
-    def __init__(self, cache, scores: np.ndarray, rows: np.ndarray, crop: int, n: int, batch_size: int, istrain: bool, seed: int):
-        self.cache, self.scores, self.rows, self.crop, self.n, self.batch_size = cache, torch.from_numpy(scores), rows, crop, n, batch_size
+    def __init__(
+        self, cache, scores: np.ndarray, rows: np.ndarray, crop: int, n: int, batch_size: int, istrain: bool, seed: int
+    ):
+        self.cache, self.scores, self.rows, self.crop, self.n, self.batch_size = (
+            cache,
+            torch.from_numpy(scores),
+            rows,
+            crop,
+            n,
+            batch_size,
+        )
         self.istrain, self.seed, self.epoch = istrain, seed, 0
 
     def __len__(self) -> int:
@@ -154,29 +186,48 @@ class Crops:
 
 
 class DataLoader:
-    "The published loader over our image sets: `get_data()` yields crops (B, 3, patch, patch), float32, normalised, and scores (B,), 0-100."
+    """The published loader over our image sets.
+
+    `get_data()` yields crops (B, 3, patch, patch), float32, normalised, and scores (B,), 0-100."""
 
     def __init__(
         self,
-        dataset: str,         # a name from `sets.FACTS`: koniq-10k, live, csiq, ...
-        path: str | Path,     # folder of the set
+        dataset: str,  # a name from `sets.FACTS`: koniq-10k, live, csiq, ...
+        path: str | Path,  # folder of the set
         img_indx: list[int],  # numbers of pictures, or of references: see `index_names`
-        patch_size: int,      # side of the crops
-        patch_num: int,       # crops a picture
+        patch_size: int,  # side of the crops
+        patch_num: int,  # crops a picture
         batch_size: int = 1,
-        istrain: bool = True, # random crops and flips; else the fixed grid
-        seed: int = 42,       # of the random crops
-        **config,             # any other field of `Config`: size, fit, labels, score_range, cache, ...
+        istrain: bool = True,  # random crops and flips; else the fixed grid
+        seed: int = 42,  # of the random crops
+        **config,  # any other field of `Config`: size, fit, labels, score_range, cache, ...
     ):
         "DataError for a folder that is not the set's; IndexError names a number that is out of range."
         given = dict(group_duplicates=False, size=max(384, patch_size), split="none") | config
-        self.cfg = make_config("paper", dataset=dataset, root=str(path), crop=patch_size, batch_size=batch_size, train_crops=patch_num, test_crops=patch_num, seed=seed, **given)
+        self.cfg = make_config(
+            "paper",
+            dataset=dataset,
+            root=str(path),
+            crop=patch_size,
+            batch_size=batch_size,
+            train_crops=patch_num,
+            test_crops=patch_num,
+            seed=seed,
+            **given,
+        )
         self.found, self.istrain = load_set(self.cfg), istrain
         self.names = index_names(self.found)
         wrong = [i for i in img_indx if not 0 <= i < len(self.names)]
         if wrong:
-            what = "pictures" if self.names[0] in set(self.found.table.image) and len(self.names) == len(self.found.table) else "references"
-            raise IndexError(f"img_indx: {wrong[0]} is out of range: {dataset} in {path} has {len(self.names)} {what}, numbered 0 to {len(self.names) - 1}")
+            what = (
+                "pictures"
+                if self.names[0] in set(self.found.table.image) and len(self.names) == len(self.found.table)
+                else "references"
+            )
+            raise IndexError(
+                f"img_indx: {wrong[0]} is out of range: {dataset} in {path} has {len(self.names)} {what}, numbered 0 "
+                f"to {len(self.names) - 1}"
+            )
         self.chosen = [self.names[i] for i in img_indx]
 
     def get_data(self) -> Crops:
@@ -185,5 +236,18 @@ class DataLoader:
         cache = build_cache(self.found, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
         t = self.found.table.reset_index(drop=True)
         rows = t.groupby("ref" if t.ref.nunique() < len(t) else "image", sort=False).indices
-        picked = np.concatenate([rows.get(name, np.empty(0, int)) for name in self.chosen]) if self.chosen else np.empty(0, int)
-        return Crops(cache, t.score.to_numpy(np.float32), picked, cfg.crop, cfg.train_crops, cfg.batch_size, self.istrain, cfg.seed)
+        picked = (
+            np.concatenate([rows.get(name, np.empty(0, int)) for name in self.chosen])
+            if self.chosen
+            else np.empty(0, int)
+        )
+        return Crops(
+            cache,
+            t.score.to_numpy(np.float32),
+            picked,
+            cfg.crop,
+            cfg.train_crops,
+            cfg.batch_size,
+            self.istrain,
+            cfg.seed,
+        )

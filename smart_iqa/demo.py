@@ -43,38 +43,60 @@ class Photo(NamedTuple):
 PHOTOS = (
     Photo("camera", "skimage", "data/camera.png", "train", ((0.2, 0), (1, 1)), "CC0, Lav Varshney"),
     Photo("chelsea", "skimage", "data/chelsea.png", "train", ((0.5, 0.5),), "CC0, Stefan van der Walt"),
-    Photo("hopper", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "train", ((0.5, 0.1),),
-          "not stated in the package; official US Navy portrait"),
+    Photo(
+        "hopper",
+        "matplotlib",
+        "mpl-data/sample_data/grace_hopper.jpg",
+        "train",
+        ((0.5, 0.1),),
+        "not stated in the package; official US Navy portrait",
+    ),
     Photo("ihc", "skimage", "data/ihc.png", "train", ((0.5, 0.5),), "no known restrictions; acquired at the CMMI"),
-    Photo("motorcycle", "skimage", "data/motorcycle_left.png", "train", ((0.1, 0.6), (0.9, 0.4)),
-          "not stated; Middlebury 2014 stereo benchmark (cite Scharstein et al., GCPR 2014)"),
+    Photo(
+        "motorcycle",
+        "skimage",
+        "data/motorcycle_left.png",
+        "train",
+        ((0.1, 0.6), (0.9, 0.4)),
+        "not stated; Middlebury 2014 stereo benchmark (cite Scharstein et al., GCPR 2014)",
+    ),
     Photo("rocket", "skimage", "data/rocket.jpg", "train", ((0.5, 1),), "public domain, SpaceX"),
     Photo("astronaut", "skimage", "data/astronaut.png", "val", ((0.4, 0), (0.1, 1)), "public domain, NASA"),
     Photo("flower", "sklearn", "datasets/images/flower.jpg", "val", ((0.5, 0.2),), "CC BY 2.0, flickr vultilion"),
-    Photo("china", "sklearn", "datasets/images/china.jpg", "test", ((0, 0.3), (1, 0.8)), "CC BY 2.0, flickr danielbuechele"),
+    Photo(
+        "china",
+        "sklearn",
+        "datasets/images/china.jpg",
+        "test",
+        ((0, 0.3), (1, 0.8)),
+        "CC BY 2.0, flickr danielbuechele",
+    ),
     Photo("coffee", "skimage", "data/coffee.png", "test", ((0.3, 0.3),), "CC0, Rachel Michetti"),
 )
 
 # %% ../nbs/03_demo.ipynb #67f0d0f5
 WINDOW = 288  # side of a scene in the photograph, pixels
 
+
 def photograph(
     photo: Photo | str,  # one of PHOTOS, or its name, e.g. "coffee"
-) -> Image.Image:        # RGB, whole
+) -> Image.Image:  # RGB, whole
     "A photograph that a dependency ships. FileNotFoundError names the package when its wheel does not carry the file."
     if isinstance(photo, str):
         check_names([photo], by_name := {p.ref: p for p in PHOTOS}, "photograph")
         photo = by_name[photo]
     source = files(photo.package).joinpath(*photo.file.split("/"))
     if not source.is_file():
-        raise FileNotFoundError(f"{photo.package} has no {photo.file}: install its wheel from PyPI (pip install --force-reinstall)")
+        raise FileNotFoundError(
+            f"{photo.package} has no {photo.file}: install its wheel from PyPI (pip install --force-reinstall)"
+        )
     return Image.open(io.BytesIO(source.read_bytes())).convert("RGB")
 
 
 def _scenes(
     photo: Photo,  # which photograph
-    size: int,     # side of the result, pixels; shrunk from WINDOW where smaller
-) -> list:         # PIL RGB images, one a window
+    size: int,  # side of the result, pixels; shrunk from WINDOW where smaller
+) -> list:  # PIL RGB images, one a window
     "Cut a photograph's scenes."
     image = photograph(photo)
     boxes = [(round(x * (image.width - WINDOW)), round(y * (image.height - WINDOW))) for x, y in photo.windows]
@@ -100,38 +122,45 @@ def _pixelate(im, factor, rng):
 
 # %% ../nbs/03_demo.ipynb #bb26f6b3
 DISTORTIONS = {  # name: (function, strength at level 1..5)
-    "blur": (_blur, (0.7, 1.2, 2, 3.5, 6)),              # sigma, pixels
-    "noise": (_noise, (5, 11, 20, 36, 64)),              # sigma, grey levels, each channel its own
-    "jpeg": (_jpeg, (45, 22, 12, 7, 3)),                 # quality
-    "dark": (_dark, (0.85, 0.65, 0.45, 0.28, 0.15)),     # gain on the pixel values
-    "pixelate": (_pixelate, (2, 3, 4, 6, 9)),            # down by this factor, up again by repetition
-    "posterize": (_posterize, (16, 8, 5, 3, 2)),         # values left a channel
+    "blur": (_blur, (0.7, 1.2, 2, 3.5, 6)),  # sigma, pixels
+    "noise": (_noise, (5, 11, 20, 36, 64)),  # sigma, grey levels, each channel its own
+    "jpeg": (_jpeg, (45, 22, 12, 7, 3)),  # quality
+    "dark": (_dark, (0.85, 0.65, 0.45, 0.28, 0.15)),  # gain on the pixel values
+    "pixelate": (_pixelate, (2, 3, 4, 6, 9)),  # down by this factor, up again by repetition
+    "posterize": (_posterize, (16, 8, 5, 3, 2)),  # values left a channel
 }
+
 
 def distort(
     image: Image.Image,  # pristine RGB picture
-    distortion: str,     # a key of DISTORTIONS
-    level: int,          # 1 (weak) to 5 (strong)
-    rng=None,            # numpy Generator, used by "noise" alone; None: a fresh one with seed 0
-) -> Image.Image:        # damaged picture, same size
+    distortion: str,  # a key of DISTORTIONS
+    level: int,  # 1 (weak) to 5 (strong)
+    rng=None,  # numpy Generator, used by "noise" alone; None: a fresh one with seed 0
+) -> Image.Image:  # damaged picture, same size
     "Damage a picture by a known amount. ValueError for an unknown distortion or level."
-    if distortion not in DISTORTIONS: raise ValueError(f"unknown distortion {distortion!r}: one of {', '.join(DISTORTIONS)}")
-    if level not in range(1, 6): raise ValueError(f"level must be 1 to 5, got {level!r}")
+    if distortion not in DISTORTIONS:
+        raise ValueError(f"unknown distortion {distortion!r}: one of {', '.join(DISTORTIONS)}")
+    if level not in range(1, 6):
+        raise ValueError(f"level must be 1 to 5, got {level!r}")
     f, strengths = DISTORTIONS[distortion]
     return f(image, strengths[level - 1], np.random.default_rng(0) if rng is None else rng)
 
 # %% ../nbs/03_demo.ipynb #ae9c0e2b
 def reference_score(
-    image: Image.Image,     # RGB picture to judge
+    image: Image.Image,  # RGB picture to judge
     pristine: Image.Image,  # RGB original of the same size, short side at least 44 pixels
-) -> float:                 # 0-100, higher is better, 100 for equal pictures
-    "Three-scale SSIM on luma as a score: 100 (1 - sqrt(1 - s)). ValueError for pictures of different or too small size."
-    if image.size != pristine.size: raise ValueError(f"pictures differ in size: {image.size} and {pristine.size}")
-    if min(image.size) < 44: raise ValueError(f"{image.size} is too small: SSIM's 11 pixel window needs 44 at three scales")
+) -> float:  # 0-100, higher is better, 100 for equal pictures
+    "Score a picture by three-scale SSIM s on luma: 100 (1 - sqrt(1 - s)). ValueError for unequal or too small sizes."
+    if image.size != pristine.size:
+        raise ValueError(f"pictures differ in size: {image.size} and {pristine.size}")
+    if min(image.size) < 44:
+        raise ValueError(f"{image.size} is too small: SSIM's 11 pixel window needs 44 at three scales")
     pair, values = [image.convert("L"), pristine.convert("L")], []
     for shrink in (1, 2, 4):
         a, b = (np.asarray(p.reduce(shrink)) for p in pair)
-        values.append(structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+        values.append(
+            structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        )
     return float(100 * (1 - np.sqrt(1 - np.clip(np.mean(values), 0, 1))))
 
 # %% ../nbs/03_demo.ipynb #c5df0315
@@ -159,20 +188,24 @@ def _read(root: Path, made: dict):
 
 # %% ../nbs/03_demo.ipynb #c144c70e
 def render_demo(
-    root,                   # folder to make or to reuse
-    size: int = WINDOW,     # side of the square pictures, 64 to 288 pixels
-    seed: int = 0,          # of the noise
+    root,  # folder to make or to reuse
+    size: int = WINDOW,  # side of the square pictures, 64 to 288 pixels
+    seed: int = 0,  # of the noise
     progress: bool = True,  # a progress bar while rendering
-) -> pd.DataFrame:          # image, mos (0-100, higher is better), ref, distortion, level (0-5), split
+) -> pd.DataFrame:  # image, mos (0-100, higher is better), ref, distortion, level (0-5), split
     "Render the demo set, or read it where it is complete. See DEMO_NOTE. ValueError for a size out of range."
-    if not 64 <= size <= WINDOW: raise ValueError(f"size must be 64 to {WINDOW}, got {size}: photographs are not enlarged")
+    if not 64 <= size <= WINDOW:
+        raise ValueError(f"size must be 64 to {WINDOW}, got {size}: photographs are not enlarged")
     root, n = Path(root), sum(len(p.windows) for p in PHOTOS) * (1 + 5 * len(DISTORTIONS))
     made = dict(version=VERSION, size=size, seed=seed, pictures=n, note=DEMO_NOTE)
-    if (table := _read(root, made)) is not None: return table
+    if (table := _read(root, made)) is not None:
+        return table
     (root / "images").mkdir(parents=True, exist_ok=True)
     (root / "demo.csv").unlink(missing_ok=True)  # from here on the folder is incomplete
     rows = []
-    for row, image in tqdm((x for p in PHOTOS for x in _pictures(p, size, seed)), total=n, desc="demo set", disable=not progress):
+    for row, image in tqdm(
+        (x for p in PHOTOS for x in _pictures(p, size, seed)), total=n, desc="demo set", disable=not progress
+    ):
         image.save(buffer := io.BytesIO(), "PNG", compress_level=6)
         write_whole(root / row["image"], buffer.getvalue())
         rows.append(row)
@@ -182,17 +215,21 @@ def render_demo(
 
 # %% ../nbs/03_demo.ipynb #ab77a3b0
 KONIQ_PARTS = dict(train=7058, val=1000, test=2015)  # the official split of KonIQ-10k
-KONIQ_SIZE = 1024, 768                               # width, height
-RENDERED = "rendered.json"                           # in a folder whose pictures nobody has judged: what it is
-KONIQ_NOTE = ("Rendered in the shape of KonIQ-10k: no picture of it, and labels are the level of a known damage, not opinions. "
-              "Numbers on it are about time and memory, no claim about people or about KonIQ-10k.")
+KONIQ_SIZE = 1024, 768  # width, height
+RENDERED = "rendered.json"  # in a folder whose pictures nobody has judged: what it is
+KONIQ_NOTE = (
+    "Rendered in the shape of KonIQ-10k: no picture of it, and labels are the level of a known damage, not opinions. "
+    "Numbers on it are about time and memory, no claim about people or about KonIQ-10k."
+)
 _KONIQ_VERSION = 1  # raise it whenever pixels or labels change
 
 
 def _koniq_split(i: np.ndarray) -> np.ndarray:
     "The part of picture i: exactly the published numbers over all, and nearly the same proportions in every beginning."
     rank = np.argsort(np.argsort(np.arange(sum(KONIQ_PARTS.values())) * (5**0.5 - 1) / 2 % 1))[i]
-    return np.select([rank < KONIQ_PARTS["val"], rank < KONIQ_PARTS["val"] + KONIQ_PARTS["test"]], ["validation", "test"], "training")
+    return np.select(
+        [rank < KONIQ_PARTS["val"], rank < KONIQ_PARTS["val"] + KONIQ_PARTS["test"]], ["validation", "test"], "training"
+    )
 
 
 def _koniq_table(n: int, seed: int) -> pd.DataFrame:
@@ -201,7 +238,15 @@ def _koniq_table(n: int, seed: int) -> pd.DataFrame:
     kinds = [list(DISTORTIONS)[rng.integers(len(DISTORTIONS))] for rng in each]
     levels = np.array([rng.integers(6) for rng in each])
     scores = 85 - 14.0 * levels + [rng.normal(0, 3) for rng in each]  # the spread keeps equal levels apart in rank
-    return pd.DataFrame(dict(image_name=[f"rendered{i:05d}.jpg" for i in range(n)], distortion=kinds, level=levels, score=np.clip(scores, 1, 99).round(4), set=_koniq_split(np.arange(n))))
+    return pd.DataFrame(
+        dict(
+            image_name=[f"rendered{i:05d}.jpg" for i in range(n)],
+            distortion=kinds,
+            level=levels,
+            score=np.clip(scores, 1, 99).round(4),
+            set=_koniq_split(np.arange(n)),
+        )
+    )
 
 # %% ../nbs/03_demo.ipynb #99c8f962
 @lru_cache(maxsize=len(PHOTOS))
@@ -210,12 +255,16 @@ def _whole(k: int) -> Image.Image:
 
 
 def _window(rng: np.random.Generator) -> Image.Image:
-    "A random window of a random photograph, turned or mirrored, with other colours, at half of KONIQ_SIZE: damage costs a quarter there."
+    "Cut a random window of a random photograph, turned or mirrored, with other colours, at half of KONIQ_SIZE."
     photo = _whole(int(rng.integers(len(PHOTOS))))
     w = rng.uniform(0.35, 1) * min(photo.width, photo.height * 4 / 3)
     x, y = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - w * 3 / 4)
-    image = photo.resize((KONIQ_SIZE[0] // 2, KONIQ_SIZE[1] // 2), Image.Resampling.BICUBIC, (x, y, x + w, y + w * 3 / 4))
-    turn = (None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)[rng.integers(4)]
+    image = photo.resize(
+        (KONIQ_SIZE[0] // 2, KONIQ_SIZE[1] // 2), Image.Resampling.BICUBIC, (x, y, x + w, y + w * 3 / 4)
+    )
+    turn = (None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)[
+        rng.integers(4)
+    ]
     image = image if turn is None else image.transpose(turn)
     return Image.merge("RGB", [image.getchannel(int(c)) for c in rng.permutation(3)])
 
@@ -225,43 +274,67 @@ def _koniq_picture(i: int, distortion: str, level: int, seed: int) -> bytes:
     rng = np.random.default_rng([seed, i, 1])
     image = Image.blend(_window(rng), _window(rng), float(rng.uniform(0.35, 0.65)))
     image = distort(image, distortion, level, rng) if level else image
-    grain = Image.frombytes("L", KONIQ_SIZE, rng.bytes(KONIQ_SIZE[0] * KONIQ_SIZE[1])).point([v // 18 for v in range(256)])
-    image = ImageChops.add(image.resize(KONIQ_SIZE, Image.Resampling.BILINEAR), Image.merge("RGB", [grain] * 3), offset=-7)
+    grain = Image.frombytes("L", KONIQ_SIZE, rng.bytes(KONIQ_SIZE[0] * KONIQ_SIZE[1])).point(
+        [v // 18 for v in range(256)]
+    )
+    image = ImageChops.add(
+        image.resize(KONIQ_SIZE, Image.Resampling.BILINEAR), Image.merge("RGB", [grain] * 3), offset=-7
+    )
     image.save(buffer := io.BytesIO(), "JPEG", quality=88)
     return buffer.getvalue()
 
 # %% ../nbs/03_demo.ipynb #959036eb
 def render_koniq(
-    to,                     # folder to make or to go on with; never one inside a repository
+    to,  # folder to make or to go on with; never one inside a repository
     n: int = sum(KONIQ_PARTS.values()),  # pictures, 20 to 10,073
     seed: int = 0,
-    threads: int = 0,       # 0: one a core
+    threads: int = 0,  # 0: one a core
     progress: bool = True,
-) -> pd.DataFrame:          # image_name, distortion, level (0-5), score (0-100, no opinion), set
-    "Render a stand-in of KonIQ-10k in its published layout. See KONIQ_NOTE. ValueError for a number out of range, or a folder that holds something else."
-    if not 20 <= n <= sum(KONIQ_PARTS.values()): raise ValueError(f"n must be 20 to {sum(KONIQ_PARTS.values())}, got {n}")
+) -> pd.DataFrame:  # image_name, distortion, level (0-5), score (0-100, no opinion), set
+    """Render a stand-in of KonIQ-10k in its published layout. See KONIQ_NOTE.
+
+    ValueError for a number out of range, or a folder that holds something else."""
+    if not 20 <= n <= sum(KONIQ_PARTS.values()):
+        raise ValueError(f"n must be 20 to {sum(KONIQ_PARTS.values())}, got {n}")
     to, made = Path(to), dict(version=_KONIQ_VERSION, size=list(KONIQ_SIZE), seed=seed, note=KONIQ_NOTE)
-    if to.exists() and any(to.iterdir()) and (not (to / RENDERED).exists() or json.loads((to / RENDERED).read_text(encoding="utf-8")) != made):
-        raise ValueError(f"{to}: holds something else, or pictures of another seed or version: give an empty folder, or delete this one")
+    if (
+        to.exists()
+        and any(to.iterdir())
+        and (not (to / RENDERED).exists() or json.loads((to / RENDERED).read_text(encoding="utf-8")) != made)
+    ):
+        raise ValueError(
+            f"{to}: holds something else, or pictures of another seed or version: give an empty folder, or delete "
+            "this one"
+        )
     (to / "1024x768").mkdir(parents=True, exist_ok=True)
     write_whole(to / RENDERED, json.dumps(made, indent=1).encode())
     table = _koniq_table(n, seed)
     there = {e.name for e in os.scandir(to / "1024x768")}
-    jobs = [(i, r) for i, r in enumerate(table.itertuples()) if r.image_name not in there]  # written whole: what is there is right
+    jobs = [
+        (i, r) for i, r in enumerate(table.itertuples()) if r.image_name not in there
+    ]  # written whole: what is there is right
 
     def make(job):
         i, r = job
         write_whole(to / "1024x768" / r.image_name, _koniq_picture(i, r.distortion, r.level, seed))
 
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        for _ in tqdm(pool.map(make, jobs), total=len(jobs), desc="rendering", disable=not progress): pass
-    votes, quality = np.arange(1, 6), 1 + table.score.to_numpy() / 25                       # on the votes' scale
-    c = np.exp(-0.5 * ((votes - quality[:, None]) / 0.6) ** 2)                              # (n, 5)
+        for _ in tqdm(pool.map(make, jobs), total=len(jobs), desc="rendering", disable=not progress):
+            pass
+    votes, quality = np.arange(1, 6), 1 + table.score.to_numpy() / 25  # on the votes' scale
+    c = np.exp(-0.5 * ((votes - quality[:, None]) / 0.6) ** 2)  # (n, 5)
     c /= c.sum(1, keepdims=True)
     mean = c @ votes
     sd = np.sqrt(((votes - mean[:, None]) ** 2 * c).sum(1))
-    common = pd.DataFrame(c.round(6), columns=[f"c{k}" for k in votes]).assign(c_total=100, MOS=table.score.clip(1, 100), SD=sd.round(6))
+    common = pd.DataFrame(c.round(6), columns=[f"c{k}" for k in votes]).assign(
+        c_total=100, MOS=table.score.clip(1, 100), SD=sd.round(6)
+    )
     common.insert(0, "image_name", table.image_name)
-    for name, more in (("koniq10k_scores_and_distributions.csv", dict(MOS_zscore=table.score)), ("koniq10k_distributions_sets.csv", dict(set=table.set))):
-        write_whole(to / name, common.assign(**more).to_csv(index=False).encode())               # labels last: a folder that has both is whole
+    for name, more in (
+        ("koniq10k_scores_and_distributions.csv", dict(MOS_zscore=table.score)),
+        ("koniq10k_distributions_sets.csv", dict(set=table.set)),
+    ):
+        write_whole(
+            to / name, common.assign(**more).to_csv(index=False).encode()
+        )  # labels last: a folder that has both is whole
     return table

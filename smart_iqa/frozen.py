@@ -56,7 +56,7 @@ def compute_features(
     plan: Plan,             # one row per crop
     cfg: Config,            # crop, batch_size, workers, amp, cache
     device: torch.device,
-    kind: str,              # the name of what `extract` gives
+    kind: str,              # the name of what `extract` gives; its first word is shown
     progress: bool = False,
 ) -> np.ndarray:            # (len(plan), D) float16, a view of a mapped file
     "Compute the features of every crop of a plan, or find them in the cache."
@@ -68,7 +68,7 @@ def compute_features(
 
     def features():
         batches = crop_batches(cache, plan, cfg.crop, cfg.batch_size, cfg.workers)
-        for x, _ in track(batches, len(batches), f"{kind} features", progress):
+        for x, _ in track(batches, len(batches), f"{kind.split()[0]} features", progress):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 tensors = extract(normalise(x, device))
             yield torch.cat([t.float().flatten(1) for t in tensors], 1).cpu().numpy()
@@ -132,7 +132,7 @@ class FrozenFeed(CropFeed):
 def _pooled_features(feed: FrozenFeed, plan: Plan) -> np.ndarray:
     "What the head needs of every crop of a plan, flat."
     model = feed.model
-    kind = "multi-scale" if model.use_multiscale else "last-stage"
+    kind = "pooled " + " ".join(f"{stage}:{side}" for stage, side in model.head.needs)
 
     def extract(x):
         return model.pool(model.features(x))

@@ -31,7 +31,10 @@ def _to_8bit(img: Image.Image, tags) -> Image.Image:  # tags: of a TIFF, else em
     else:
         white = 4095 if tags.get(258) == (12,) else 65535
     if a.min() < -0.001 * white or a.max() > 1.001 * white:
-        raise ImageError(f"has pixels between {a.min():g} and {a.max():g}, and nothing says which is white: store it with 8 or 16 bits")
+        raise ImageError(
+            f"has pixels between {a.min():g} and {a.max():g}, and nothing says which is white: store it with 8 or 16 "
+            "bits"
+        )
     grey = (a * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8)
     grey = 255 - grey if tags.get(262) == 0 else grey
     if isinstance(key := img.info.get("transparency"), int):  # a PNG's transparent grey
@@ -86,7 +89,9 @@ def _check_file(path):
         raise ImageError(f"{kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
 
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow warns of a medium-format photograph; from twice its limit on it refuses
+warnings.filterwarnings(
+    "ignore", category=Image.DecompressionBombWarning
+)  # Pillow warns of a medium-format photograph; from twice its limit on it refuses
 
 
 def _check_opened(img: Image.Image):
@@ -108,7 +113,11 @@ def _unknown(path) -> str:
         return "the file is empty"
     if head[4:8] == b"ftyp":
         heic = head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-        return "HEIC needs one more package: pip install pillow-heif" if heic else "a video, or a kind of picture that this Pillow was built without"
+        return (
+            "HEIC needs one more package: pip install pillow-heif"
+            if heic
+            else "a video, or a kind of picture that this Pillow was built without"
+        )
     if b"<svg" in head:
         return "SVG, a drawing, which has no pixels of its own: export it as PNG"
     return "damaged, or no picture that Pillow knows" if b"\0" in head else "text, no picture"
@@ -130,8 +139,8 @@ def _open(path) -> Image.Image:
 
 # %% ../nbs/02_images.ipynb #8edd8b5a
 def load_image(
-    path: str | Path,         # a picture file; of an animation, the first frame
-    draft: int | None = None, # for a thumbnail: a JPEG may come smaller, as long as no side is below this
+    path: str | Path,  # a picture file; of an animation, the first frame
+    draft: int | None = None,  # for a thumbnail: a JPEG may come smaller, as long as no side is below this
 ) -> Image.Image:
     "Decode a file to RGB. ImageError names the file: missing, truncated, no picture, or too large to be one."
     try:
@@ -144,11 +153,15 @@ def load_image(
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file" + " (a link that leads nowhere)" * os.path.islink(path)) from None
     except Image.DecompressionBombError as e:
-        raise ImageError(f"{path}: too many pixels to be safe ({e}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS") from None
+        raise ImageError(
+            f"{path}: too many pixels to be safe ({e}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from None
     except ImageError as e:
         raise ImageError(f"{path}: cannot be decoded ({e})") from None
-    except Exception as e:                                    # Pillow's plugins raise many kinds
-        raise ImageError(f"{path}: cannot be decoded ({type(e).__name__}: {getattr(e, 'strerror', None) or e})") from None
+    except Exception as e:  # Pillow's plugins raise many kinds
+        raise ImageError(
+            f"{path}: cannot be decoded ({type(e).__name__}: {getattr(e, 'strerror', None) or e})"
+        ) from None
 
 # %% ../nbs/02_images.ipynb #7c07f9d7
 MAX_PIXELS = 40_000_000  # of a resized picture; a strip of 1:20 and longer at 384 pixels is still well below

@@ -8,12 +8,15 @@ __all__ = ['OPINION_STD', 'LOSSES', 'l1', 'l2', 'smooth_l1', 'plcc_loss', 'srcc_
 
 # %% ../nbs/11_losses.ipynb #55a271a4
 import math
-from functools import lru_cache, partial
 from collections.abc import Callable
+from functools import lru_cache, partial
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from diffsort import DiffSortNet
+
+from .files import find_by_name
 
 # %% ../nbs/11_losses.ipynb #004a2552
 def _batch(
@@ -72,7 +75,7 @@ def plcc_loss(
 # %% ../nbs/11_losses.ipynb #395626b7
 def _ranks(
     x: torch.Tensor,  # (B,)
-) -> torch.Tensor:    # (B,) ranks 0 ... B-1, ties share their mean
+) -> torch.Tensor:  # (B,) ranks 0 ... B-1, ties share their mean
     "Hard ranks."
     d = x[:, None] - x
     return (d > 0).to(x).sum(1) + ((d == 0).to(x).sum(1) - 1) / 2
@@ -81,7 +84,8 @@ def _ranks(
 @lru_cache(maxsize=4)
 def _sorter(n: int, device: torch.device, steepness: float) -> DiffSortNet:
     "An odd-even sorting network for `n` values; building one costs as much as running it. ValueError above 256."
-    if n > 256: raise ValueError(f"the srcc loss sorts at most 256 images (memory grows as B^3), got {n}: use a smaller batch")
+    if n > 256:
+        raise ValueError(f"the srcc loss sorts at most 256 images (memory grows as B^3), got {n}: use a smaller batch")
     with torch.inference_mode(False):  # a network first built while validating must also serve training
         return DiffSortNet("odd_even", n, device=device, steepness=steepness, distribution="cauchy")
 
@@ -98,11 +102,13 @@ def _soft_ranks(
 
 # %% ../nbs/11_losses.ipynb #06210048
 def srcc_loss(
-    pred: torch.Tensor,      # (B,) predicted scores, higher is better
-    score: torch.Tensor,     # (B,) true scores, 0-100
-    steepness: float = 10.0, # of the soft swaps, per standard deviation of `pred`
-) -> torch.Tensor:           # scalar in [0, 2]; 1 where either is constant or B = 1
-    "1 - Spearman correlation of the batch, with soft ranks for `pred` (Petersen et al., ICLR 2022). ValueError for B > 256."
+    pred: torch.Tensor,  # (B,) predicted scores, higher is better
+    score: torch.Tensor,  # (B,) true scores, 0-100
+    steepness: float = 10.0,  # of the soft swaps, per standard deviation of `pred`
+) -> torch.Tensor:  # scalar in [0, 2]; 1 where either is constant or B = 1
+    """Compute 1 - Spearman correlation of the batch, with soft ranks for `pred` (Petersen et al., ICLR 2022).
+
+    ValueError for B > 256."""
     pred, score = _batch(pred, score)
     with torch.autocast(pred.device.type, enabled=False):  # the network is matrix products; bf16 would blur the ranks
         pred, order = pred.sort(stable=True)
@@ -173,44 +179,58 @@ def fidelity_loss(
     return _pair_mean(1 - same[0] - same[1])
 
 # %% ../nbs/11_losses.ipynb #488e98e4
-LOSSES = {"l1": l1, "l2": l2, "smooth_l1": smooth_l1, "plcc": plcc_loss, "rank": rank_loss,
-          "fidelity": fidelity_loss, "srcc": srcc_loss}
+LOSSES = {
+    "l1": l1,
+    "l2": l2,
+    "smooth_l1": smooth_l1,
+    "plcc": plcc_loss,
+    "rank": rank_loss,
+    "fidelity": fidelity_loss,
+    "srcc": srcc_loss,
+}
 
 
 def _parse(
-    spec: str,                    # such as "smooth_l1+20*plcc"
-) -> list[tuple[float, str]]:     # [(1.0, "smooth_l1"), (20.0, "plcc")]
-    "Weights and names. ValueError for an unknown name or a weight that is not a positive number."
+    spec: str,  # such as "smooth_l1+20*plcc"
+) -> list[tuple[float, str]]:  # [(1.0, "smooth_l1"), (20.0, "plcc")]
+    "Split a sum into weights and names. ValueError for a weight that is not a positive number."
     terms = [part.strip().rpartition("*") for part in spec.split("+")]
-    for weight, _, name in terms:
-        if name.strip() not in LOSSES: raise ValueError(f"unknown loss {name.strip()!r} in {spec!r}; known: {', '.join(LOSSES)}")
-    try: terms = [(float(w) if star else 1.0, name.strip()) for w, star, name in terms]
-    except ValueError: raise ValueError(f"cannot read the weights in {spec!r}; write it like 'smooth_l1+20*plcc'") from None
-    if not all(0 < w < math.inf for w, _ in terms): raise ValueError(f"weights must be positive and finite: {spec!r}")
+    try:
+        terms = [(float(w) if star else 1.0, name.strip()) for w, star, name in terms]
+    except ValueError:
+        raise ValueError(f"cannot read the weights in {spec!r}; write it like 'smooth_l1+20*plcc'") from None
+    if not all(0 < w < math.inf for w, _ in terms):
+        raise ValueError(f"weights must be positive and finite: {spec!r}")
     return terms
 
 # %% ../nbs/11_losses.ipynb #861e415a
 def _term(
-    name: str,     # key of `LOSSES`
+    name: str,     # a row of `LOSSES`, an entry point of smart_iqa.losses, or "package.module:name"
     legacy: bool,  # the published forms
 ) -> Callable:     # (pred, score, std) -> scalar
-    "The loss called `name`, with the signature all share."
-    if name == "fidelity": return partial(fidelity_loss, legacy=legacy)
-    f = partial(rank_loss, legacy=legacy) if name == "rank" else LOSSES[name]
-    if legacy and name == "srcc": f = plcc_loss
-    return lambda pred, score, std: f(pred, score)
+    "Find a loss and give it the signature that all share. ValueError for an unknown name."
+    f = find_by_name(name, LOSSES, "loss", "smart_iqa.losses")
+    if not callable(f):
+        raise ValueError(f"loss {name!r}: is {f!r}, no function of (pred, score)")
+    f = plcc_loss if legacy and name == "srcc" else f
+    takes = signature(f).parameters
+    f = partial(f, legacy=legacy) if "legacy" in takes else f
+    return f if "std" in takes else lambda pred, score, std: f(pred, score)
 
 # %% ../nbs/11_losses.ipynb #13a0f278
 def get_loss(
-    spec: str = "l1",      # a name of `LOSSES`, or a weighted sum such as "smooth_l1+20*plcc"
-    alpha: float = 0.0,    # weight of the pairwise `ranking_hinge` added to it
-    margin: float = 0.1,   # of that hinge, points
+    spec: str = "l1",  # a name, or a weighted sum such as "smooth_l1+20*plcc"
+    alpha: float = 0.0,  # weight of the pairwise `ranking_hinge` added to it
+    margin: float = 0.1,  # of that hinge, points
     legacy: bool = False,  # the published forms: rank with exchanged roles, fidelity on raw differences, srcc = plcc
-) -> Callable:             # (pred (B,), score (B,), std (B,) or None) -> scalar
+) -> Callable:  # (pred (B,), score (B,), std (B,) or None) -> scalar
     "A loss by name. ValueError for an unknown name, an unreadable weight, a negative `alpha` or `margin`."
     terms = [(w, _term(name, legacy)) for w, name in _parse(spec)]
-    if not (0 <= alpha < math.inf and 0 <= margin < math.inf): raise ValueError(f"alpha and margin must be >= 0, got {alpha} and {margin}")
+    if not (0 <= alpha < math.inf and 0 <= margin < math.inf):
+        raise ValueError(f"alpha and margin must be >= 0, got {alpha} and {margin}")
+
     def loss(pred: torch.Tensor, score: torch.Tensor, std: torch.Tensor | None = None) -> torch.Tensor:
         total = sum(w * f(pred, score, std) for w, f in terms)
         return total + alpha * ranking_hinge(pred, score, margin) if alpha else total
+
     return loss

@@ -18,28 +18,37 @@ from scipy import optimize, stats
 
 # %% ../nbs/12_metrics.ipynb #e021c05f
 def _check(
-    pred: ArrayLike,                   # (n,) predictions
-    score: ArrayLike,                  # (n,) true scores
-) -> tuple[np.ndarray, np.ndarray]:    # both as float64
+    pred: ArrayLike,  # (n,) predictions
+    score: ArrayLike,  # (n,) true scores
+) -> tuple[np.ndarray, np.ndarray]:  # both as float64
     "Two finite vectors of one length >= 2, or a ValueError that names what is wrong, and the row (counted from 0)."
     out = [np.asarray(x, dtype=np.float64) for x in (pred, score)]
     if out[0].ndim != 1 or out[0].shape != out[1].shape:
-        raise ValueError(f"predictions and scores must be vectors of one length, got shapes {out[0].shape} and {out[1].shape}")
-    if len(out[0]) < 2: raise ValueError(f"a metric needs at least 2 images, got {len(out[0])}")
+        raise ValueError(
+            f"predictions and scores must be vectors of one length, got shapes {out[0].shape} and {out[1].shape}"
+        )
+    if len(out[0]) < 2:
+        raise ValueError(f"a metric needs at least 2 images, got {len(out[0])}")
     for name, x in zip(("prediction", "score"), out):
         if not (ok := np.isfinite(x)).all():
-            raise ValueError(f"{name} in row {int(np.argmin(ok))} is {x[~ok][0]}; {(~ok).sum()} of {len(x)} are not finite: drop or mend these rows")
+            raise ValueError(
+                f"{name} in row {int(np.argmin(ok))} is {x[~ok][0]}; {(~ok).sum()} of {len(x)} are not finite: drop "
+                "or mend these rows"
+            )
     return out[0], out[1]
 
 # %% ../nbs/12_metrics.ipynb #2e71e5cc
 def _constant(
-    pred: np.ndarray,   # (n,)
+    pred: np.ndarray,  # (n,)
     score: np.ndarray,  # (n,)
-    name: str,          # of the metric, for the warning
-) -> bool:              # True if either is constant
+    name: str,  # of the metric, for the warning
+) -> bool:  # True if either is constant
     "Warn (scipy's ConstantInputWarning) where a correlation is 0/0."
     which = [what for what, x in (("predictions", pred), ("scores", score)) if (x == x[0]).all()]
-    if which: warnings.warn(f"{' and '.join(which)} are constant: {name} is undefined", stats.ConstantInputWarning, stacklevel=3)
+    if which:
+        warnings.warn(
+            f"{' and '.join(which)} are constant: {name} is undefined", stats.ConstantInputWarning, stacklevel=3
+        )
     return bool(which)
 
 # %% ../nbs/12_metrics.ipynb #400c3a8d
@@ -136,14 +145,15 @@ def fit_logistic(
 
 # %% ../nbs/12_metrics.ipynb #b0be30d3
 def _counts(
-    n: int,                    # images
-    n_boot: int,               # resamples
-    seed: int,                 # of the generator
+    n: int,  # images
+    n_boot: int,  # resamples
+    seed: int,  # of the generator
     groups: ArrayLike | None,  # (n,) reference of each image, or None
-) -> Iterator[np.ndarray]:     # (<= n_boot, n) how often each image occurs; a block at a time
-    "Bootstrap counts of images, or of whole references, in blocks of about 16 MB. ValueError for groups of the wrong length."
+) -> Iterator[np.ndarray]:  # (<= n_boot, n) how often each image occurs; a block at a time
+    "Draw bootstrap counts of images, or of whole references, in 16 MB blocks. ValueError for groups of wrong length."
     codes = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    if len(codes) != n: raise ValueError(f"groups must name the reference of each of the {n} images, got {len(codes)}")
+    if len(codes) != n:
+        raise ValueError(f"groups must name the reference of each of the {n} images, got {len(codes)}")
     rng, m, step = np.random.default_rng(seed), codes.max() + 1, max(1, 2_000_000 // n)
     for rows in (min(step, n_boot - i) for i in range(0, n_boot, step)):
         draws = rng.integers(m, size=(rows, m)) + m * np.arange(rows)[:, None]
@@ -183,14 +193,15 @@ def _boot_krcc(
     x: np.ndarray,  # (n,)
     y: np.ndarray,  # (n,)
     w: np.ndarray,  # (b, n) counts
-) -> np.ndarray:    # (b,) nan where a resample is constant
+) -> np.ndarray:  # (b,) nan where a resample is constant
     "Kendall's tau-b in every resample."
     w32, total = w.astype(np.float32), np.zeros((3, len(w)))
     for i in range(0, len(x), 512):
-        sx, sy = (np.sign(v[i:i + 512, None] - v).astype(np.float32) for v in (x, y))
+        sx, sy = (np.sign(v[i : i + 512, None] - v).astype(np.float32) for v in (x, y))
         for k, s in enumerate((sx * sy, sx * sx, sy * sy)):
-            total[k] += (w[:, i:i + 512] * (w32 @ s.T)).sum(1)  # sums of small integers: exact in fp32
-    with np.errstate(invalid="ignore", divide="ignore"): return np.where(total[1] * total[2] > 0, total[0] / np.sqrt(total[1] * total[2]), np.nan)
+            total[k] += (w[:, i : i + 512] * (w32 @ s.T)).sum(1)  # sums of small integers: exact in fp32
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total[1] * total[2] > 0, total[0] / np.sqrt(total[1] * total[2]), np.nan)
 
 # %% ../nbs/12_metrics.ipynb #46ad26ec
 def _boot(
@@ -217,24 +228,32 @@ def _point(p: np.ndarray, s: np.ndarray) -> dict:  # the numbers without interva
     fit = fit_logistic(p, s)
     raw = {"srcc": srcc(p, s), "krcc": krcc(p, s), "plcc": plcc(p, s), "rmse": rmse(p, s)}
     flat = np.ptp(fit(p)) == 0
-    return raw | {"plcc_fitted": float("nan") if flat else plcc(fit(p), s), "rmse_fitted": rmse(fit(p), s), "fit": fit.kind}
+    return raw | {
+        "plcc_fitted": float("nan") if flat else plcc(fit(p), s),
+        "rmse_fitted": rmse(fit(p), s),
+        "fit": fit.kind,
+    }
 
 # %% ../nbs/12_metrics.ipynb #0d3406cd
 def evaluate(
-    pred: ArrayLike,                   # (n,) predictions, 0-100, higher is better
-    score: ArrayLike,                  # (n,) true scores, 0-100
-    n_boot: int = 1000,                # bootstrap resamples; 0 leaves the intervals out
-    seed: int = 0,                     # of the resamples
-    groups: ArrayLike | None = None,   # (n,) reference of each image: whole references are resampled
-) -> dict:  # n, srcc, krcc, plcc, rmse, plcc_fitted, rmse_fitted, fit; srcc_low, srcc_high, ... (95 %; krcc up to `KRCC_MAX` images)
-    "Every metric of a test set with 95 % percentile bootstrap intervals. ValueErrors as in `srcc`."
+    pred: ArrayLike,  # (n,) predictions, 0-100, higher is better
+    score: ArrayLike,  # (n,) true scores, 0-100
+    n_boot: int = 1000,  # bootstrap resamples; 0 leaves the intervals out
+    seed: int = 0,  # of the resamples
+    groups: ArrayLike | None = None,  # (n,) reference of each image: whole references are resampled
+) -> dict:
+    """Compute every metric of a test set with 95 % percentile bootstrap intervals. ValueErrors as in `srcc`.
+
+    Returns n, srcc, krcc, plcc, rmse, plcc_fitted, rmse_fitted and fit, and the intervals srcc_low, srcc_high, and so
+    on; that of krcc up to `KRCC_MAX` images."""
     p, s = _check(pred, score)
     point, out = _point(p, s), {"n": len(p)}
     names = [m for m in ("srcc", "krcc", "plcc", "rmse") if m != "krcc" or len(p) <= KRCC_MAX]
     blocks = [[_boot(m, p, s, w) for m in names] for w in _counts(len(p), n_boot, seed, groups)]
     for m, value in point.items():
         out[m] = value
-        if blocks and m in names: out[f"{m}_low"], out[f"{m}_high"] = _interval(np.concatenate([b[names.index(m)] for b in blocks]))
+        if blocks and m in names:
+            out[f"{m}_low"], out[f"{m}_high"] = _interval(np.concatenate([b[names.index(m)] for b in blocks]))
     return out
 
 # %% ../nbs/12_metrics.ipynb #358ebcbf
@@ -245,32 +264,46 @@ def _rows_corr(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # (k, n) and (n,) t
 
 
 def _standard_errors(score: ArrayLike, std: ArrayLike, votes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    "Scores and the standard errors of these means, or a ValueError that names what is wrong, and the row (counted from 0)."
+    "Return scores and the standard errors of these means. ValueError names the problem and the row (counted from 0)."
     if std is None or votes is None:
-        raise ValueError("the ceiling needs the standard deviation of the opinions (std) and their number (votes) of every picture: "
-                         f"{' and '.join(n for n, x in (('std', std), ('votes', votes)) if x is None)} not given")
+        raise ValueError(
+            "the ceiling needs the standard deviation of the opinions (std) and their number (votes) of every picture: "
+            f"{' and '.join(n for n, x in (('std', std), ('votes', votes)) if x is None)} not given"
+        )
     s, std, votes = (np.asarray(x, dtype=np.float64) for x in (score, std, votes))
-    if s.ndim != 1 or len(s) < 3: raise ValueError(f"the ceiling needs a vector of at least 3 scores, got shape {s.shape}")
+    if s.ndim != 1 or len(s) < 3:
+        raise ValueError(f"the ceiling needs a vector of at least 3 scores, got shape {s.shape}")
     for name, x, least in (("score", s, -np.inf), ("std", std, 0), ("votes", votes, np.nextafter(0, 1))):
-        if x.shape not in ((), s.shape): raise ValueError(f"{name} must be one number or one for each of the {len(s)} scores, got shape {x.shape}")
+        if x.shape not in ((), s.shape):
+            raise ValueError(f"{name} must be one number or one for each of the {len(s)} scores, got shape {x.shape}")
         if not (ok := np.isfinite(x) & (x >= least)).all():
-            raise ValueError(f"{name} in row {int(np.argmin(ok))} is {np.atleast_1d(x)[np.argmin(ok)]}: scores are finite, std is at least 0, votes are more than 0")
+            raise ValueError(
+                f"{name} in row {int(np.argmin(ok))} is {np.atleast_1d(x)[np.argmin(ok)]}: scores are finite, std is "
+                "at least 0, votes are more than 0"
+            )
     return s, np.broadcast_to(std / np.sqrt(votes), s.shape)
 
 # %% ../nbs/12_metrics.ipynb #5a5874b7
 def noise_ceiling(
-    score: ArrayLike,    # (n,) mean opinions
-    std: ArrayLike,      # (n,) standard deviation of the opinions behind each (with n - 1), same unit; or one number
-    votes: ArrayLike,    # (n,) opinions behind each; or one number
-    n_sim: int = 1000,   # simulations
-    seed: int = 0,       # of the simulations
-) -> dict:  # n, n_sim, reliability; plcc and its 95 % range plcc_low, plcc_high; srcc, srcc_low, srcc_high; rmse, the standard error of the scores
-    "What a predictor that knows the expectation of the opinions reaches against their observed means. ValueError for bad input, or noise above the scores' variance."
+    score: ArrayLike,  # (n,) mean opinions
+    std: ArrayLike,  # (n,) standard deviation of the opinions behind each (with n - 1), same unit; or one number
+    votes: ArrayLike,  # (n,) opinions behind each; or one number
+    n_sim: int = 1000,  # simulations
+    seed: int = 0,  # of the simulations
+) -> dict:
+    """Simulate what a predictor that knows the expectation of the opinions reaches against their observed means.
+
+    Returns n, n_sim, reliability; plcc and its 95 % range plcc_low, plcc_high; srcc, srcc_low, srcc_high; and rmse, the
+    standard error of the scores. ValueError for bad input, or noise above the scores' variance."""
     s, se = _standard_errors(score, std, votes)
-    if n_sim < 1: raise ValueError(f"n_sim must be at least 1, got {n_sim}")
+    if n_sim < 1:
+        raise ValueError(f"n_sim must be at least 1, got {n_sim}")
     noise, variance = float(np.mean(se**2)), float(s.var(ddof=1))
     if noise >= variance:
-        raise ValueError(f"the mean squared standard error ({noise:.3g}) is not below the variance of the scores ({variance:.3g}): are std and score in one unit?")
+        raise ValueError(
+            f"the mean squared standard error ({noise:.3g}) is not below the variance of the scores "
+            f"({variance:.3g}): are std and score in one unit?"
+        )
     reliability = 1 - noise / variance
     true = s.mean() + np.sqrt(reliability) * (s - s.mean())
     rng, ranks, found = np.random.default_rng(seed), stats.rankdata(true), []
@@ -279,43 +312,69 @@ def noise_ceiling(
         found.append((_rows_corr(observed, true), _rows_corr(stats.rankdata(observed, axis=1), ranks)))
     plccs, srccs = np.concatenate(found, axis=1)
     ends = {f"{k}_{e}": v for k, x in (("plcc", plccs), ("srcc", srccs)) for e, v in zip(("low", "high"), _interval(x))}
-    return dict(n=len(s), n_sim=n_sim, reliability=reliability, plcc=float(np.sqrt(reliability)), srcc=float(srccs.mean()), **ends, rmse=float(np.sqrt(noise)))
+    return dict(
+        n=len(s),
+        n_sim=n_sim,
+        reliability=reliability,
+        plcc=float(np.sqrt(reliability)),
+        srcc=float(srccs.mean()),
+        **ends,
+        rmse=float(np.sqrt(noise)),
+    )
 
 # %% ../nbs/12_metrics.ipynb #4e7ac054
 def ceiling_of(
-    table,              # pandas frame with score, and where the set knows them std (points of 0-100) and votes; e.g. the test part of a set's table
+    table,  # pandas frame with score, and where the set has them std (points of 0-100) and votes; e.g. the test split
     n_sim: int = 1000,  # as for `noise_ceiling`
     seed: int = 0,
-) -> dict | None:       # as from `noise_ceiling`, of the rows that have all three (n says how many); None where std or votes are unknown
+) -> (
+    dict | None
+):  # as from `noise_ceiling`, of the rows that have all three (n says how many); None where std or votes are unknown
     "The ceiling that label noise sets on a table's pictures."
-    if not {"score", "std", "votes"} <= set(table): return None
+    if not {"score", "std", "votes"} <= set(table):
+        return None
     known = table[["score", "std", "votes"]].astype(float).dropna()
     return None if len(known) < 3 else noise_ceiling(*(known[c] for c in ("score", "std", "votes")), n_sim, seed)
 
 # %% ../nbs/12_metrics.ipynb #73d92d74
 def compare(
-    pred_a: ArrayLike,                # (n,) predictions of model a; or (runs, n), the metric is then the mean over runs
-    pred_b: ArrayLike,                # the same of model b, same images
-    score: ArrayLike,                 # (n,) true scores
-    metric: str = "srcc",             # "srcc", "krcc", "plcc" or "rmse"
-    n_boot: int = 2000,               # resamples
-    seed: int = 0,                    # of the resamples
+    pred_a: ArrayLike,  # (n,) predictions of model a; or (runs, n), the metric is then the mean over runs
+    pred_b: ArrayLike,  # the same of model b, same images
+    score: ArrayLike,  # (n,) true scores
+    metric: str = "srcc",  # "srcc", "krcc", "plcc" or "rmse"
+    n_boot: int = 2000,  # resamples
+    seed: int = 0,  # of the resamples
     groups: ArrayLike | None = None,  # (n,) reference of each image
 ) -> dict:  # metric, n, a, b, diff (a - b), low, high (95 %), p, better ("a", "b", or None: the interval contains 0)
-    "Paired bootstrap of the difference between two models. For RMSE lower is better. ValueError for an unknown metric, n_boot < 1, bad input."
-    if metric not in (known := {"srcc": srcc, "krcc": krcc, "plcc": plcc, "rmse": rmse}): raise ValueError(f"unknown metric {metric!r}; known: {', '.join(known)}")
-    if n_boot < 1: raise ValueError(f"n_boot must be at least 1, got {n_boot}")
+    """Estimate the difference between two models by a paired bootstrap. For RMSE lower is better.
+
+    ValueError for an unknown metric, n_boot < 1, bad input."""
+    if metric not in (known := {"srcc": srcc, "krcc": krcc, "plcc": plcc, "rmse": rmse}):
+        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(known)}")
+    if n_boot < 1:
+        raise ValueError(f"n_boot must be at least 1, got {n_boot}")
     runs_a, runs_b = ([_check(p, score)[0] for p in np.atleast_2d(np.asarray(r))] for r in (pred_a, pred_b))
     s = _check(runs_a[0], score)[1]
     va, vb = (float(np.mean([known[metric](p, s) for p in r])) for r in (runs_a, runs_b))
 
-    def mean_of(runs, w): return np.mean([_boot(metric, p, s, w) for p in runs], 0)
+    def mean_of(runs, w):
+        return np.mean([_boot(metric, p, s, w) for p in runs], 0)
 
     d = np.concatenate([mean_of(runs_a, w) - mean_of(runs_b, w) for w in _counts(len(s), n_boot, seed, groups)])
     d = d[~np.isnan(d)]
     (low, high), p = _interval(d), min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))
     ahead = 0 if not (low > 0 or high < 0) else (1 if low > 0 else -1) * (-1 if metric == "rmse" else 1)
-    return {"metric": metric, "n": len(s), "a": va, "b": vb, "diff": va - vb, "low": low, "high": high, "p": float(p), "better": {1: "a", -1: "b", 0: None}[ahead]}
+    return {
+        "metric": metric,
+        "n": len(s),
+        "a": va,
+        "b": vb,
+        "diff": va - vb,
+        "low": low,
+        "high": high,
+        "p": float(p),
+        "better": {1: "a", -1: "b", 0: None}[ahead],
+    }
 
 # %% ../nbs/12_metrics.ipynb #e462f46f
 def holm(
@@ -332,50 +391,69 @@ def holm(
 def over_seeds(
     metrics: Sequence[dict],  # one dict of `evaluate` a run
     names: Sequence[str] = ("srcc", "krcc", "plcc", "rmse", "plcc_fitted", "rmse_fitted"),  # those to summarise
-) -> dict:                    # n_runs, and srcc_mean, srcc_std (ddof=1; nan for one run), srcc_median, ...
+) -> dict:  # n_runs, and srcc_mean, srcc_std (ddof=1; nan for one run), srcc_median, ...
     "Mean, standard deviation and median over runs, of the metrics that all runs have. ValueError for no run."
-    if not metrics: raise ValueError("over_seeds needs at least one run's metrics, got none")
+    if not metrics:
+        raise ValueError("over_seeds needs at least one run's metrics, got none")
     out = {"n_runs": len(metrics)}
     for name in (k for k in names if all(k in m for m in metrics)):
         v = np.array([m[name] for m in metrics], dtype=float)
-        out |= {f"{name}_mean": float(v.mean()), f"{name}_std": float(v.std(ddof=1)) if len(v) > 1 else float("nan"), f"{name}_median": float(np.median(v))}
+        out |= {
+            f"{name}_mean": float(v.mean()),
+            f"{name}_std": float(v.std(ddof=1)) if len(v) > 1 else float("nan"),
+            f"{name}_median": float(np.median(v)),
+        }
     return out
 
 # %% ../nbs/12_metrics.ipynb #66725c21
 def evaluate_runs(
-    preds: ArrayLike,                  # (n,) or (runs, n) predictions of the same images, a row a run
-    score: ArrayLike,                  # (n,) true scores, 0-100
-    n_boot: int = 1000,                # bootstrap resamples; 0 leaves the intervals out
-    seed: int = 0,                     # of the resamples
-    groups: ArrayLike | None = None,   # (n,) reference of each image: whole references are resampled
-) -> dict:  # as `evaluate`, each the mean over runs; n_runs, and srcc_std, krcc_std, ... over runs (ddof=1; nan for one run)
-    "Every metric of several runs on one test set, 95 % intervals of the means, spread over runs. ValueErrors as in `srcc`."
+    preds: ArrayLike,  # (n,) or (runs, n) predictions of the same images, a row a run
+    score: ArrayLike,  # (n,) true scores, 0-100
+    n_boot: int = 1000,  # bootstrap resamples; 0 leaves the intervals out
+    seed: int = 0,  # of the resamples
+    groups: ArrayLike | None = None,  # (n,) reference of each image: whole references are resampled
+) -> (
+    dict
+):  # as `evaluate`, each the mean over runs; n_runs, and srcc_std, krcc_std, ... over runs (ddof=1; nan for one run)
+    "Average each metric over several runs on one test set, with 95 % intervals and spread. ValueErrors as in `srcc`."
     runs = [_check(p, score)[0] for p in np.atleast_2d(np.asarray(preds, dtype=np.float64))]
-    if not runs: raise ValueError("evaluate_runs needs at least one run's predictions, got none")
+    if not runs:
+        raise ValueError("evaluate_runs needs at least one run's predictions, got none")
     s, points = _check(runs[0], score)[1], [_point(p, _check(p, score)[1]) for p in runs]
     names = [m for m in ("srcc", "krcc", "plcc", "rmse") if m != "krcc" or len(s) <= KRCC_MAX]
-    blocks = [[np.mean([_boot(m, p, s, w) for p in runs], 0) for m in names] for w in _counts(len(s), n_boot, seed, groups)]
-    out = {"n": len(s), "n_runs": len(runs), "fit": "linear" if any(p.pop("fit") == "linear" for p in points) else "logistic"}
+    blocks = [
+        [np.mean([_boot(m, p, s, w) for p in runs], 0) for m in names] for w in _counts(len(s), n_boot, seed, groups)
+    ]
+    out = {
+        "n": len(s),
+        "n_runs": len(runs),
+        "fit": "linear" if any(p.pop("fit") == "linear" for p in points) else "logistic",
+    }
     for m in points[0]:
         values = np.array([p[m] for p in points])
         out[m], out[f"{m}_std"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else float("nan")
-        if blocks and m in names: out[f"{m}_low"], out[f"{m}_high"] = _interval(np.concatenate([b[names.index(m)] for b in blocks]))
+        if blocks and m in names:
+            out[f"{m}_low"], out[f"{m}_high"] = _interval(np.concatenate([b[names.index(m)] for b in blocks]))
     return out
 
 # %% ../nbs/12_metrics.ipynb #a903f895
 def boot_models(
-    preds: dict[str, ArrayLike],       # model to (n,) or (runs, n) predictions of the same images
-    score: ArrayLike,                  # (n,) true scores
-    metric: str = "srcc",              # "srcc", "krcc", "plcc" or "rmse"
-    n_boot: int = 2000,                # resamples
-    seed: int = 0,                     # of the resamples
-    groups: ArrayLike | None = None,   # (n,) reference of each image
-) -> dict[str, np.ndarray]:            # model to (1 + n_boot,): the metric itself (the mean over runs), then that of every resample
+    preds: dict[str, ArrayLike],  # model to (n,) or (runs, n) predictions of the same images
+    score: ArrayLike,  # (n,) true scores
+    metric: str = "srcc",  # "srcc", "krcc", "plcc" or "rmse"
+    n_boot: int = 2000,  # resamples
+    seed: int = 0,  # of the resamples
+    groups: ArrayLike | None = None,  # (n,) reference of each image
+) -> dict[
+    str, np.ndarray
+]:  # model to (1 + n_boot,): the metric itself (the mean over runs), then that of every resample
     "One metric of several models in the same bootstrap resamples. ValueErrors as in `srcc`."
     runs = {k: [_check(p, score)[0] for p in np.atleast_2d(np.asarray(v, dtype=np.float64))] for k, v in preds.items()}
     s = np.asarray(score, dtype=np.float64)
     weights = [np.ones((1, len(s))), *_counts(len(s), n_boot, seed, groups)]
-    return {k: np.concatenate([np.mean([_boot(metric, p, s, w) for p in r], 0) for w in weights]) for k, r in runs.items()}
+    return {
+        k: np.concatenate([np.mean([_boot(metric, p, s, w) for p in r], 0) for w in weights]) for k, r in runs.items()
+    }
 
 
 def interval_of(
@@ -386,36 +464,53 @@ def interval_of(
 
 # %% ../nbs/12_metrics.ipynb #4a6517c3
 def add_seeds(
-    value: float, low: float, high: float, p: float,  # of a bootstrap over pictures, of the mean over seeds
+    value: float,
+    low: float,
+    high: float,
+    p: float,  # of a bootstrap over pictures, of the mean over seeds
     each: ArrayLike,  # (k,) the same quantity of every seed
 ) -> tuple[float, float, float]:  # low, high, p
     "The interval and p-value widened by the luck of the seeds; as they are for one seed or without an interval."
     each = np.asarray(each, float)
-    if len(each) < 2 or not high > low: return low, high, p
+    if len(each) < 2 or not high > low:
+        return low, high, p
     pictures, seeds = (high - low) / (2 * stats.norm.ppf(0.975)), each.std(ddof=1) / len(each) ** 0.5
-    if not seeds > 0: return low, high, p
+    if not seeds > 0:
+        return low, high, p
     se = np.hypot(pictures, seeds)
     df = (len(each) - 1) * (se / seeds) ** 4
     wider = stats.t.ppf(0.975, df) * se / (stats.norm.ppf(0.975) * pictures)
-    return value - (value - low) * wider, value + (high - value) * wider, max(p, float(2 * stats.t.sf(abs(value) / se, df)))
+    return (
+        value - (value - low) * wider,
+        value + (high - value) * wider,
+        max(p, float(2 * stats.t.sf(abs(value) / se, df))),
+    )
 
 
 def models_interval(
-    preds: dict[str, ArrayLike],       # model to (seeds, n) predictions of the same images, the same seeds in the same order
-    score: ArrayLike,                  # (n,) true scores
-    f: Callable[[dict], ArrayLike],    # of model to its metric: what is measured, such as lambda m: m["large"] - m["small"]
+    preds: dict[str, ArrayLike],  # model to (seeds, n) predictions of the same images, the same seeds in the same order
+    score: ArrayLike,  # (n,) true scores
+    f: Callable[
+        [dict], ArrayLike
+    ],  # of model to its metric: what is measured, such as lambda m: m["large"] - m["small"]
     metric: str = "srcc",
-    n_boot: int = 2000,                # resamples; 0: no interval
+    n_boot: int = 2000,  # resamples; 0: no interval
     seed: int = 0,
     groups: ArrayLike | None = None,
 ) -> tuple[float, float, float, float]:  # the value, low, high (95 %), p of its being 0
-    "A function of several models' metrics, with an interval over pictures and seeds. ValueErrors as in `srcc`, and for unequal numbers of seeds."
+    """Compute a function of several models' metrics, with an interval over pictures and seeds.
+
+    ValueErrors as in `srcc`, and for unequal numbers of seeds."""
     b = boot_models(preds, score, metric, n_boot, seed, groups)
     value, low, high = interval_of(values := np.asarray(f(b)))
     counts = {k: len(np.atleast_2d(np.asarray(v))) for k, v in preds.items()}
-    if len(set(counts.values())) > 1: raise ValueError(f"models have unequal numbers of seeds: {counts}")
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"models have unequal numbers of seeds: {counts}")
     d = values[1:][~np.isnan(values[1:])]
     p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1)) if len(d) else float("nan")
-    one = [{k: np.atleast_2d(np.asarray(v, float))[s : s + 1] for k, v in preds.items()} for s in range(next(iter(counts.values())))]
+    one = [
+        {k: np.atleast_2d(np.asarray(v, float))[s : s + 1] for k, v in preds.items()}
+        for s in range(next(iter(counts.values())))
+    ]
     each = [float(np.asarray(f(boot_models(m, score, metric, 0)))[0]) for m in one]
     return value, *add_seeds(value, low, high, p, each)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'READERS', 'IMAGE_COLUMNS', 'SCORE_COLUMNS', 'LIVE_PARTS', 'KONIQ_PAPER_LEAVES_OUT', 'LOADERS', 'SetFacts',
-           'facts_table', 'set_info', 'DataError', 'read_labels', 'read_table', 'read_csiq', 'read_tid2013',
-           'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_koniq', 'read_csv', 'read_demo']
+           'facts_table', 'find_set', 'set_info', 'DataError', 'read_labels', 'read_table', 'read_csiq', 'read_tid2013',
+           'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_koniq', 'read_csv', 'read_demo', 'reader_of']
 
 # %% ../nbs/04_sets.ipynb #0cad6abd
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,30 +20,35 @@ import numpy as np
 import pandas as pd
 from scipy.io import loadmat
 
-from .config import Config, check_names
+from .config import Config
 from .demo import DEMO_NOTE, render_demo
+from .files import find_by_name
 
 # %% ../nbs/04_sets.ipynb #dcdef11c
 @dataclass(frozen=True)
 class SetFacts:
     "What is known about an image set without looking at it."
-    scale: tuple[float, float]   # the declared label of the worst and of the best quality
-    images: int | None           # published number of rated images
-    source: str                  # where it is described
+
+    scale: tuple[float, float]  # the declared label of the worst and of the best quality
+    images: int | None  # published number of rated images
+    source: str  # where it is described
     terms: str = "see the set's page"  # what its makers allow, in their words where they are short
-    kind: str = "authentic"      # authentic, synthetic (distorted by program from references), generated, rendered or own
-    references: int | None = None  # reference images, or prompts of a generated set; None: every picture is its own scene
-    label: str = "MOS"           # what the published number is, with its direction
+    kind: str = "authentic"  # authentic, synthetic (distorted by program from references), generated, rendered or own
+    references: int | None = (
+        None  # reference images, or prompts of a generated set; None: every picture is its own scene
+    )
+    label: str = "MOS"  # what the published number is, with its direction
     official: tuple[int, int, int] | str = ""  # images of the official split (train, val, test), or what it is in words
-    std: str = ""                # where std comes from, and how it got onto the 0-100 scale
-    get: str = ""                # where to get it
-    url: str | None = None       # an address that downloads without any form
+    std: str = ""  # where std comes from, and how it got onto the 0-100 scale
+    get: str = ""  # where to get it
+    url: str | None = None  # an address that downloads without any form
     files: tuple[str, ...] = ()  # label files: one of them makes a folder this set's
     folders: tuple[str, ...] = (".",)  # where the pictures lie, the first that has any of them counts
     columns: tuple[tuple[str, str], ...] = ()  # our column and theirs, where the labels are a table with a header
-    reference: str = ""          # a pattern: its group in a picture's name tells the scene
-    paper: str = ""              # NAME_test.json in NAME-test/ is the list of the SMART-IQA paper
+    reference: str = ""  # a pattern: its group in a picture's name tells the scene
+    paper: str = ""  # NAME_test.json in NAME-test/ is the list of the SMART-IQA paper
     lists: tuple[tuple[float, float], ...] = ()  # scales, besides its own, on which lists of the set are handed on
+    read: Callable | None = None  # (root, cfg) -> table, for a set elsewhere; None: `LOADERS`, or by `columns`
 
     @property
     def official_text(self) -> str:  # "7,058 / 1,000 / 2,015"
@@ -50,58 +56,168 @@ class SetFacts:
         return self.official if isinstance(self.official, str) else " / ".join(f"{n:,}" if n else "none" for n in self.official)
 
 # %% ../nbs/04_sets.ipynb #8629eded
-_UT = "\"without written agreement and without license or royalty fees, to use, copy, modify, and distribute this database\", with its notice and acknowledged"
+_UT = (
+    '"without written agreement and without license or royalty fees, to use, copy, modify, and distribute this '
+    'database", with its notice and acknowledged'
+)
 
 FACTS = {
     "koniq-10k": SetFacts(
-        (0, 100), 10073, "Hosu et al., KonIQ-10k, IEEE TIP 29, 2020", label="MOS, higher is better", official=(7058, 1000, 2015),
-        std="SD of votes 1-5, x 25", get="https://database.mmsp-kn.de/koniq-10k-database.html",
-        files=("koniq10k_scores_and_distributions.csv", "koniq10k_distributions_sets.csv", "koniq_train.json",
-               "koniq10k_scores_and_distributions/koniq10k_scores_and_distributions.csv"),
-        folders=("1024x768", "512x384", "koniq10k_1024x768", "koniq10k_512x384")),
+        (0, 100),
+        10073,
+        "Hosu et al., KonIQ-10k, IEEE TIP 29, 2020",
+        label="MOS, higher is better",
+        official=(7058, 1000, 2015),
+        std="SD of votes 1-5, x 25",
+        get="https://database.mmsp-kn.de/koniq-10k-database.html",
+        files=(
+            "koniq10k_scores_and_distributions.csv",
+            "koniq10k_distributions_sets.csv",
+            "koniq_train.json",
+            "koniq10k_scores_and_distributions/koniq10k_scores_and_distributions.csv",
+        ),
+        folders=("1024x768", "512x384", "koniq10k_1024x768", "koniq10k_512x384"),
+    ),
     "spaq": SetFacts(
-        (0, 100), 11125, "Fang et al., Perceptual Quality Assessment of Smartphone Photography, CVPR 2020", label="MOS, higher is better",
-        get="https://github.com/h4nwei/SPAQ", paper="spaq", lists=((0, 1),), folders=("TestImage", "images"),
-        files=("MOS and Image attribute scores.xlsx", "Annotations/MOS and Image attribute scores.xlsx", "MOS and Image attribute scores.csv",
-               "Annotations/MOS and Image attribute scores.csv", "Annotations/MOS_and_Image_attribute_scores.csv",
-               "Annotations/MOS_and_Image_attribute_scores.xlsx"),
-        columns=(("name", "Image name"), ("mos", "MOS"))),
+        (0, 100),
+        11125,
+        "Fang et al., Perceptual Quality Assessment of Smartphone Photography, CVPR 2020",
+        label="MOS, higher is better",
+        get="https://github.com/h4nwei/SPAQ",
+        paper="spaq",
+        lists=((0, 1),),
+        folders=("TestImage", "images"),
+        files=(
+            "MOS and Image attribute scores.xlsx",
+            "Annotations/MOS and Image attribute scores.xlsx",
+            "MOS and Image attribute scores.csv",
+            "Annotations/MOS and Image attribute scores.csv",
+            "Annotations/MOS_and_Image_attribute_scores.csv",
+            "Annotations/MOS_and_Image_attribute_scores.xlsx",
+        ),
+        columns=(("name", "Image name"), ("mos", "MOS")),
+    ),
     "kadid-10k": SetFacts(
-        (1, 5), 10125, "Lin, Hosu and Saupe, KADID-10k, QoMEX 2019", kind="synthetic", references=81, label="MOS (named dmos), higher is better",
-        std="column var, which holds deviations, x 25", get="https://database.mmsp-kn.de/kadid-10k-database.html", paper="kadid", lists=((0, 1), (0, 100)),
-        files=("dmos.csv",), folders=("images", "distorted_images"), reference=r"^(i\d+)_",
-        columns=(("name", "dist_img"), ("mos", "dmos"), ("std", "var"))),
+        (1, 5),
+        10125,
+        "Lin, Hosu and Saupe, KADID-10k, QoMEX 2019",
+        kind="synthetic",
+        references=81,
+        label="MOS (named dmos), higher is better",
+        std="column var, which holds deviations, x 25",
+        get="https://database.mmsp-kn.de/kadid-10k-database.html",
+        paper="kadid",
+        lists=((0, 1), (0, 100)),
+        files=("dmos.csv",),
+        folders=("images", "distorted_images"),
+        reference=r"^(i\d+)_",
+        columns=(("name", "dist_img"), ("mos", "dmos"), ("std", "var")),
+    ),
     "agiqa-3k": SetFacts(
-        (0, 5), 2982, "Li et al., AGIQA-3K, arXiv:2306.04717, 2023", "MIT License", kind="generated", references=300, label="MOS of quality, higher is better",
-        std="std_quality x 20", get="https://github.com/lcysyzxdxc/AGIQA-3k-Database", paper="agiqa", lists=((0, 1), (0, 100)), files=("data.csv",),
-        folders=(".", "images"), reference=r"_(\d+)\.\w+$", columns=(("name", "name"), ("mos", "mos_quality"), ("std", "std_quality"))),
+        (0, 5),
+        2982,
+        "Li et al., AGIQA-3K, arXiv:2306.04717, 2023",
+        "MIT License",
+        kind="generated",
+        references=300,
+        label="MOS of quality, higher is better",
+        std="std_quality x 20",
+        get="https://github.com/lcysyzxdxc/AGIQA-3k-Database",
+        paper="agiqa",
+        lists=((0, 1), (0, 100)),
+        files=("data.csv",),
+        folders=(".", "images"),
+        reference=r"_(\d+)\.\w+$",
+        columns=(("name", "name"), ("mos", "mos_quality"), ("std", "std_quality")),
+    ),
     "live": SetFacts(
-        (112, -3), 779, "Sheikh, Sabir and Bovik, IEEE TIP 15(11), 2006, release 2", _UT, kind="synthetic", references=29,
-        label="DMOS (realigned), lower is better", std="dmos_std x 100/115; by its size the deviation of the mean", files=("dmos_realigned.mat",),
-        get="https://live.ece.utexas.edu/research/quality/subjective.htm, after filling in a form"),
+        (112, -3),
+        779,
+        "Sheikh, Sabir and Bovik, IEEE TIP 15(11), 2006, release 2",
+        _UT,
+        kind="synthetic",
+        references=29,
+        label="DMOS (realigned), lower is better",
+        std="dmos_std x 100/115; by its size the deviation of the mean",
+        files=("dmos_realigned.mat",),
+        get="https://live.ece.utexas.edu/research/quality/subjective.htm, after filling in a form",
+    ),
     "livec": SetFacts(
-        (0, 100), 1162, "Ghadiyaram and Bovik, LIVE In the Wild Image Quality Challenge, IEEE TIP 25(1), 2016", _UT, label="MOS, higher is better",
-        std="AllStdDev_release.mat as it is", get="https://live.ece.utexas.edu/research/ChallengeDB/index.html, after filling in a form",
-        files=("Data/AllMOS_release.mat", "AllMOS_release.mat"), folders=("Images",)),
+        (0, 100),
+        1162,
+        "Ghadiyaram and Bovik, LIVE In the Wild Image Quality Challenge, IEEE TIP 25(1), 2016",
+        _UT,
+        label="MOS, higher is better",
+        std="AllStdDev_release.mat as it is",
+        get="https://live.ece.utexas.edu/research/ChallengeDB/index.html, after filling in a form",
+        files=("Data/AllMOS_release.mat", "AllMOS_release.mat"),
+        folders=("Images",),
+    ),
     "csiq": SetFacts(
-        (1, 0), 866, "Larson and Chandler, J. Electronic Imaging 19(1), 2010", kind="synthetic", references=30, label="DMOS, lower is better",
-        std="dmos_std x 100, from the spreadsheet; the text file has none", files=("csiq_label.txt", "csiq.DMOS.xlsx"),
+        (1, 0),
+        866,
+        "Larson and Chandler, J. Electronic Imaging 19(1), 2010",
+        kind="synthetic",
+        references=30,
+        label="DMOS, lower is better",
+        std="dmos_std x 100, from the spreadsheet; the text file has none",
+        files=("csiq_label.txt", "csiq.DMOS.xlsx"),
         get="https://s2.smu.edu/~eclarson/csiq.html; csiq_label.txt comes with HyperIQA's code (github SSL92/hyperIQA)",
-        folders=("dst_imgs_all", "dst_imgs", "distorted_images"), reference=r"^(.+)\.[^.]+\.\d\.\w+$"),
+        folders=("dst_imgs_all", "dst_imgs", "distorted_images"),
+        reference=r"^(.+)\.[^.]+\.\d\.\w+$",
+    ),
     "tid2013": SetFacts(
-        (0, 9), 3000, "Ponomarenko et al., Signal Processing: Image Communication 30, 2015", kind="synthetic", references=25, label="MOS, higher is better",
-        get="https://www.ponomarenko.info/tid2013.htm", files=("mos_with_names.txt",), folders=("distorted_images",), reference=r"^(i\d+)_"),
+        (0, 9),
+        3000,
+        "Ponomarenko et al., Signal Processing: Image Communication 30, 2015",
+        kind="synthetic",
+        references=25,
+        label="MOS, higher is better",
+        get="https://www.ponomarenko.info/tid2013.htm",
+        files=("mos_with_names.txt",),
+        folders=("distorted_images",),
+        reference=r"^(i\d+)_",
+    ),
     "bid": SetFacts(
-        (0, 5), 586, "Ciancio et al., IEEE TIP 20(1), 2011", label="MOS, higher is better", get="http://www.lps.ufrj.br/profs/eduardo/ImageDatabase.htm",
-        files=("DatabaseGrades.xlsx",), folders=(".", "ImageDatabase", "images")),
+        (0, 5),
+        586,
+        "Ciancio et al., IEEE TIP 20(1), 2011",
+        label="MOS, higher is better",
+        get="http://www.lps.ufrj.br/profs/eduardo/ImageDatabase.htm",
+        files=("DatabaseGrades.xlsx",),
+        folders=(".", "ImageDatabase", "images"),
+    ),
     "biq2021": SetFacts(
-        (0, 1), 12000, "Ahmed and Asif, BIQ2021, J. Electronic Imaging 31(5), 2022", "freely available for use and benchmarking",
-        label="MOS, higher is better", official=(10_000, 0, 2000), get="https://github.com/nisarahmedrana/BIQ2021",
-        files=("Train (Images and MOS).csv",), folders=("Images",)),
-    "demo": SetFacts((0, 100), None, DEMO_NOTE, "as each photograph's package says", kind="rendered", label="made up, higher is better",
-                     official="by photograph", get="rendered on the spot"),
-    "csv": SetFacts((float("nan"), float("nan")), None, "the user's own labels", "the user's", kind="own", label="as score_range says",
-                    official="column split, if there is one", std="column std, x 100/range"),
+        (0, 1),
+        12000,
+        "Ahmed and Asif, BIQ2021, J. Electronic Imaging 31(5), 2022",
+        "freely available for use and benchmarking",
+        label="MOS, higher is better",
+        official=(10_000, 0, 2000),
+        get="https://github.com/nisarahmedrana/BIQ2021",
+        files=("Train (Images and MOS).csv",),
+        folders=("Images",),
+    ),
+    "demo": SetFacts(
+        (0, 100),
+        None,
+        DEMO_NOTE,
+        "as each photograph's package says",
+        kind="rendered",
+        label="made up, higher is better",
+        official="by photograph",
+        get="rendered on the spot",
+    ),
+    "csv": SetFacts(
+        (float("nan"), float("nan")),
+        None,
+        "the user's own labels",
+        "the user's",
+        kind="own",
+        label="as score_range says",
+        official="column split, if there is one",
+        std="column std, x 100/range",
+    ),
 }
 
 # %% ../nbs/04_sets.ipynb #1282c7b4
@@ -113,15 +229,25 @@ def facts_table() -> pd.DataFrame:  # kind, images, references, label, worst, be
     return table.astype({"images": "Int64", "references": "Int64"})
 
 
+def find_set(
+    name: str,     # a row of `FACTS`, an entry point of smart_iqa.sets, or "package.module:NAME"
+) -> SetFacts:
+    "Find the facts of a set by name. ValueError says what is known, or what is missing."
+    facts = find_by_name(name, FACTS, "dataset", "smart_iqa.sets")
+    if not isinstance(facts, SetFacts):
+        raise ValueError(f"dataset {name!r}: is {facts!r}, no SetFacts")
+    return facts
+
+
 def set_info(
-    name: str,  # a name from FACTS
+    name: str,  # a name that `find_set` knows
 ) -> str:
     "All that is known about one set, and how its folder should look, as lines of text. ValueError for an unknown name."
-    check_names([name], FACTS, "dataset")
-    f, empty = FACTS[name], ("", None, (), (".",))
-    shown = {n.name: getattr(f, n.name) for n in fields(f) if n.name not in ("columns", "reference", "lists")}
-    paper = f.paper and f"{f.paper}-test/{f.paper}_test.json"
-    shown |= dict(scale=f"{f.scale[0]:g} (worst) to {f.scale[1]:g} (best)", paper=paper, official=f.official_text)
+    f, empty = find_set(name), ("", None, (), (".",))
+    shown = {n.name: getattr(f, n.name) for n in fields(f) if n.name not in ("columns", "reference", "lists", "read")}
+    shown["scale"] = f"{f.scale[0]:g} (worst) to {f.scale[1]:g} (best)"
+    shown["official"] = f.official_text
+    shown["paper"] = f.paper and f"{f.paper}-test/{f.paper}_test.json"
     lines = shown.items()
     lines = [(n, ", ".join(map(str, v)) if isinstance(v, tuple) else v) for n, v in lines if v not in empty]
     return "\n".join([name, *(f"  {n:<11}{v:,}" if isinstance(v, int) else f"  {n:<11}{v}" for n, v in lines)])
@@ -141,10 +267,16 @@ def _records(text: str) -> pd.DataFrame:
     return pd.DataFrame(lists[0] if len(lists) == 1 and len(value) == 1 and isinstance(lists[0][0], dict) else value)
 
 
-READERS = {".csv": lambda p: pd.read_csv(p, **_TEXT), ".tsv": lambda p: pd.read_csv(p, sep="\t", **_TEXT),
-           ".parquet": pd.read_parquet, ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
-           ".json": lambda p: _records(p.read_text(encoding="utf-8")),
-           ".jsonl": lambda p: pd.DataFrame([json.loads(line) for line in p.read_text(encoding="utf-8").splitlines() if line.strip()])}
+READERS = {
+    ".csv": lambda p: pd.read_csv(p, **_TEXT),
+    ".tsv": lambda p: pd.read_csv(p, sep="\t", **_TEXT),
+    ".parquet": pd.read_parquet,
+    ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
+    ".json": lambda p: _records(p.read_text(encoding="utf-8")),
+    ".jsonl": lambda p: pd.DataFrame(
+        [json.loads(line) for line in p.read_text(encoding="utf-8").splitlines() if line.strip()]
+    ),
+}
 
 
 def _numbers(column: pd.Series, path: Path) -> pd.Series:
@@ -178,17 +310,25 @@ def read_labels(
 def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
     "Pick and rename columns, or say which ones the file lacks."
     if lacking := [c for c in wanted.values() if c not in frame.columns]:
-        raise DataError(f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}. "
-                        "Take the file as it was published, or read it with dataset='csv'")
+        raise DataError(
+            f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}. "
+            "Take the file as it was published, or read it with dataset='csv'"
+        )
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
 
 # %% ../nbs/04_sets.ipynb #a2dbded5
 def _pairs(path: Path, *columns: str) -> pd.DataFrame:
     "A text file of two words a line."
-    rows = [(i, line.split()) for i, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1) if line.strip()]
+    rows = [
+        (i, line.split())
+        for i, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1)
+        if line.strip()
+    ]
     for i, words in rows:
         if len(words) != 2:
-            raise DataError(f"{path}: line {i}: {' '.join(words)!r} is not '{' '.join(columns)}'. Take the file as it was published")
+            raise DataError(
+                f"{path}: line {i}: {' '.join(words)!r} is not '{' '.join(columns)}'. Take the file as it was published"
+            )
     return pd.DataFrame([words for _, words in rows], columns=list(columns))
 
 
@@ -197,7 +337,9 @@ def _sheet(path: Path, sheet: int | str = 0) -> pd.DataFrame:
     try:
         return pd.read_excel(path, sheet_name=sheet, header=None, **_TEXT).fillna("")
     except Exception as e:
-        raise DataError(f"{path}: sheet {sheet!r} cannot be read ({type(e).__name__}: {e}). Take the file as it was published") from None
+        raise DataError(
+            f"{path}: sheet {sheet!r} cannot be read ({type(e).__name__}: {e}). Take the file as it was published"
+        ) from None
 
 
 def _mat(path: Path, variable: str) -> np.ndarray:
@@ -207,7 +349,9 @@ def _mat(path: Path, variable: str) -> np.ndarray:
     except Exception as e:
         raise DataError(f"{path}: cannot be read as a MATLAB file ({type(e).__name__}: {e}). Copy it again") from None
     if variable not in held:
-        raise DataError(f"{path}: has no variable {variable!r}; it has {', '.join(k for k in held if not k.startswith('_'))}")
+        raise DataError(
+            f"{path}: has no variable {variable!r}; it has {', '.join(k for k in held if not k.startswith('_'))}"
+        )
     values = held[variable].ravel()
     return values if values.dtype != object else np.array([str(np.ravel(v)[0]) for v in values])
 
@@ -216,7 +360,11 @@ def _resolve(root: Path, name: str) -> Path | None:
     "The file or folder of that name below root, whatever the case of its letters; the exact one first."
     here = root
     for part in Path(name).parts:
-        alike = [here / part] if (here / part).exists() else sorted(f for f in here.glob("*") if f.name.lower() == part.lower())
+        alike = (
+            [here / part]
+            if (here / part).exists()
+            else sorted(f for f in here.glob("*") if f.name.lower() == part.lower())
+        )
         if not alike:
             return None
         here = alike[0]
@@ -230,7 +378,7 @@ def _find(root: Path, *names: str) -> Path | None:
 
 def _lists(name: str) -> tuple[str, ...]:
     "Where the paper's list of a set may lie."
-    p = FACTS[name].paper
+    p = find_set(name).paper
     return tuple(f"{d}{p}_test.json" for d in ("", f"{p}-test/", f"{p}_test/", "metas/")) if p else ()
 
 
@@ -241,16 +389,19 @@ def _look_around(name: str, root: Path) -> str:
             return f"It has {path.relative_to(root)}, the labels of {other}: is it dataset={other!r}?"
     below = sorted(d for d in root.glob("*") if d.is_dir())[:100]
     for near, where in [(d, "one level down") for d in below] + [(root.resolve().parent, "one level up")]:
-        if _find(near, *FACTS[name].files, *_lists(name)[:1]):
+        if _find(near, *find_set(name).files, *_lists(name)[:1]):
             return f"The labels are {where}: use root={str(near)!r}"
-    return f"Give the folder as the set was unpacked; how to get it: {FACTS[name].get}"
+    return f"Give the folder as the set was unpacked; how to get it: {find_set(name).get}"
 
 
 def _label_file(name: str, root: Path, *names: str) -> Path:
     "A label file of the set (any one of `names`, or of its facts), or a DataError that says where it may be."
-    if path := _find(root, *(names or FACTS[name].files)):
+    if path := _find(root, *(names or find_set(name).files)):
         return path
-    raise DataError(f"{root}: is not the folder of {name}: it has none of {', '.join(names or FACTS[name].files + _lists(name)[:2])}. {_look_around(name, root)}")
+    raise DataError(
+        f"{root}: is not the folder of {name}: it has none of "
+        f"{', '.join(names or find_set(name).files + _lists(name)[:2])}. {_look_around(name, root)}"
+    )
 
 # %% ../nbs/04_sets.ipynb #a4b63a4c
 def _listing(folder: Path, levels: int) -> dict[str, Path]:
@@ -277,25 +428,46 @@ def _place(root: Path, names: list[str], folders: tuple[str, ...]) -> list[str]:
         if home is not None and home.is_dir() and not wanted.isdisjoint(where := _listing(home, levels)):
             return [(where.get(n.lower(), home) / n).relative_to(root).as_posix() for n in names]
     above = next((f for f in folders if f != "." and _resolve(root.resolve().parent, f)), None)
-    hint = f"The folder above has {above}/: use root={str(root.resolve().parent)!r}" if above else "Copy them there, or give the folder that has them"
-    raise DataError(f"{root}: has the labels, but none of the {len(names)} pictures (such as {names[0]}) in {', '.join(folders)} or below. {hint}")
+    hint = (
+        f"The folder above has {above}/: use root={str(root.resolve().parent)!r}"
+        if above
+        else "Copy them there, or give the folder that has them"
+    )
+    raise DataError(
+        f"{root}: has the labels, but none of the {len(names)} pictures (such as {names[0]}) in {', '.join(folders)} "
+        f"or below. {hint}"
+    )
 
 # %% ../nbs/04_sets.ipynb #79157d20
 def _assemble(name: str, root: Path, t: pd.DataFrame, path: Path, folders: tuple[str, ...] = ()) -> pd.DataFrame:
     "name, mos and perhaps std (label units), ref, split, scale -> the reader's table."
-    facts, names = FACTS[name], [Path(str(n).replace("\\", "/")).name for n in t.name]
+    facts, names = find_set(name), [Path(str(n).replace("\\", "/")).name for n in t.name]
     if facts.reference:
         refs = pd.Series(names, dtype=object).str.extract(facts.reference, flags=re.IGNORECASE)[0].str.lower()
         if len(bad := np.flatnonzero(refs.isna())):
-            raise DataError(f"{path}: row {bad[0] + 1}: the name {names[bad[0]]!r} does not tell its reference. Use the published names, for pictures of "
-                            "one reference must stay together")
+            raise DataError(
+                f"{path}: row {bad[0] + 1}: the name {names[bad[0]]!r} does not tell its reference. Use the "
+                "published names, for pictures of "
+                "one reference must stay together"
+            )
         t = t.assign(ref=refs.to_numpy())
     if "std" in t:
         t = t.assign(std=_numbers(t["std"], path) * 100 / abs(facts.scale[1] - facts.scale[0]))
     return t.assign(image=_place(root, names, folders + facts.folders)).drop(columns="name")
 
 # %% ../nbs/04_sets.ipynb #17ba693e
-IMAGE_COLUMNS = ("image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path")
+IMAGE_COLUMNS = (
+    "image",
+    "image_name",
+    "Image Name",
+    "Image name",
+    "filename",
+    "file_name",
+    "name",
+    "img",
+    "dist_img",
+    "path",
+)
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
 
@@ -310,35 +482,47 @@ def _paper_list(name: str, root: Path, split: str) -> Path | None:
     "The paper's list, where it is asked for or the only labels there are."
     path = _find(root, *_lists(name))
     if split == "paper" and path is None:
-        raise DataError(f"{root}: split='paper' needs the paper's list of {name}, {' or '.join(_lists(name))}; it is not here. "
-                        "Copy it there, or use split='none' to test on the whole set")
-    return path if split == "paper" or not _find(root, *FACTS[name].files) else None
+        raise DataError(
+            f"{root}: split='paper' needs the paper's list of {name}, {' or '.join(_lists(name))}; it is not here. "
+            "Copy it there, or use split='none' to test on the whole set"
+        )
+    return path if split == "paper" or not _find(root, *find_set(name).files) else None
 
 
 def _read_list(name: str, root: Path, path: Path) -> pd.DataFrame:
     "A list of {image, score}: all of it is the test part."
     frame = read_labels(path)
-    image, score = (next((c for c in usual if c in frame.columns), usual[k]) for usual, k in ((IMAGE_COLUMNS, 0), (SCORE_COLUMNS, 2)))
+    image, score = (
+        next((c for c in usual if c in frame.columns), usual[k])
+        for usual, k in ((IMAGE_COLUMNS, 0), (SCORE_COLUMNS, 2))
+    )
     t = _columns(frame, path, name=image, mos=score).assign(split="test")
-    scale = _scale_of(t.mos, FACTS[name].scale, *FACTS[name].lists)
+    scale = _scale_of(t.mos, find_set(name).scale, *find_set(name).lists)
     return _assemble(name, root, t.assign(scale=[scale] * len(t)), path, (path.parent.relative_to(root).as_posix(),))
 
 
 def read_table(
-    name: str,    # spaq, kadid-10k or agiqa-3k
-    root: Path,   # its folder
+    name: str,  # spaq, kadid-10k or agiqa-3k
+    root: Path,  # its folder
     cfg: Config,  # split="paper" takes the paper's list
 ) -> pd.DataFrame:  # image, mos, and std, ref, split, scale where they are known
     "A set whose labels are one table with a header, or the paper's list of it. DataError names the file and the mend."
     if path := _paper_list(name, root, cfg.split):
         return _read_list(name, root, path)
     path = _label_file(name, root)
-    frame, columns = read_labels(path), dict(FACTS[name].columns)
+    frame, columns = read_labels(path), dict(find_set(name).columns)
     keep = {ours: theirs for ours, theirs in columns.items() if ours in ("name", "mos") or theirs in frame.columns}
     return _assemble(name, root, _columns(frame, path, **keep), path)
 
 # %% ../nbs/04_sets.ipynb #d1b75597
-_CSIQ = {"noise": "AWGN", "blur": "BLUR", "contrast": "contrast", "fnoise": "fnoise", "jpeg": "JPEG", "jpeg 2000": "jpeg2000"}  # sheet -> file
+_CSIQ = {
+    "noise": "AWGN",
+    "blur": "BLUR",
+    "contrast": "contrast",
+    "fnoise": "fnoise",
+    "jpeg": "JPEG",
+    "jpeg 2000": "jpeg2000",
+}  # sheet -> file
 
 
 def _csiq_sheet(path: Path) -> pd.DataFrame:
@@ -346,18 +530,27 @@ def _csiq_sheet(path: Path) -> pd.DataFrame:
     sheet, wanted = _sheet(path, "all_by_image"), ["image", "dst_type", "dst_lev", "dmos", "dmos_std"]
     head = next((i for i, row in sheet.iterrows() if set(wanted) <= set(row)), None)
     if head is None:
-        raise DataError(f"{path}: sheet all_by_image has no row with the titles {', '.join(wanted)}. Take the file as it was published, or csiq_label.txt")
-    t = sheet.iloc[head + 1:].set_axis([str(c) for c in sheet.iloc[head]], axis=1)[wanted]
+        raise DataError(
+            f"{path}: sheet all_by_image has no row with the titles {', '.join(wanted)}. Take the file as it was "
+            "published, or csiq_label.txt"
+        )
+    t = sheet.iloc[head + 1 :].set_axis([str(c) for c in sheet.iloc[head]], axis=1)[wanted]
     t = t[t.image != ""].reset_index(drop=True)
     if len(bad := np.flatnonzero(~t.dst_type.isin(_CSIQ))):
-        raise DataError(f"{path}: row {bad[0] + head + 2}: {t.dst_type[bad[0]]!r} is no distortion of CSIQ: {', '.join(_CSIQ)}")
-    return pd.DataFrame(dict(name=t.image + "." + t.dst_type.map(_CSIQ) + "." + t.dst_lev + ".png", mos=t.dmos, std=t.dmos_std))
+        raise DataError(
+            f"{path}: row {bad[0] + head + 2}: {t.dst_type[bad[0]]!r} is no distortion of CSIQ: {', '.join(_CSIQ)}"
+        )
+    return pd.DataFrame(
+        dict(name=t.image + "." + t.dst_type.map(_CSIQ) + "." + t.dst_lev + ".png", mos=t.dmos, std=t.dmos_std)
+    )
 
 
 def read_csiq(root: Path, cfg: Config) -> pd.DataFrame:
     "CSIQ: csiq_label.txt or csiq.DMOS.xlsx; pictures in dst_imgs_all/, or in dst_imgs/ by distortion."
     path = _label_file("csiq", root)
-    return _assemble("csiq", root, _csiq_sheet(path) if path.suffix.lower() == ".xlsx" else _pairs(path, "name", "mos"), path)
+    return _assemble(
+        "csiq", root, _csiq_sheet(path) if path.suffix.lower() == ".xlsx" else _pairs(path, "name", "mos"), path
+    )
 
 
 def read_tid2013(root: Path, cfg: Config) -> pd.DataFrame:
@@ -366,21 +559,42 @@ def read_tid2013(root: Path, cfg: Config) -> pd.DataFrame:
     return _assemble("tid2013", root, _pairs(path, "mos", "name"), path)
 
 # %% ../nbs/04_sets.ipynb #f072dc0f
-LIVE_PARTS = {"jp2k": 227, "jpeg": 233, "wn": 174, "gblur": 174, "fastfading": 174}  # files of each distortion, in the order of the labels
-_LIVE_KNOWN = {"jp2k/img2.bmp": "studentsculpture.bmp", "jp2k/img3.bmp": "rapids.bmp", "jpeg/img2.bmp": "churchandcapitol.bmp", "wn/img2.bmp": "stream.bmp"}
+LIVE_PARTS = {
+    "jp2k": 227,
+    "jpeg": 233,
+    "wn": 174,
+    "gblur": 174,
+    "fastfading": 174,
+}  # files of each distortion, in the order of the labels
+_LIVE_KNOWN = {
+    "jp2k/img2.bmp": "studentsculpture.bmp",
+    "jp2k/img3.bmp": "rapids.bmp",
+    "jpeg/img2.bmp": "churchandcapitol.bmp",
+    "wn/img2.bmp": "stream.bmp",
+}
 
 
 def _live_refs(files: list[str], copies: np.ndarray, refs: np.ndarray, path: Path) -> dict[str, str]:
     "File -> reference, in the order that the known pictures prove."
     kept = [f for f, c in zip(files, copies) if not c]
-    orders = [files] if len(refs) == len(files) else [kept, sorted(kept, key=lambda f: (list(LIVE_PARTS).index(f.split("/")[0]), f))]
+    orders = (
+        [files]
+        if len(refs) == len(files)
+        else [kept, sorted(kept, key=lambda f: (list(LIVE_PARTS).index(f.split("/")[0]), f))]
+    )
     if len(refs) != len(orders[0]):
-        raise DataError(f"{path}: has {len(refs)} names; the set has {len(files)} files, {len(kept)} of them distorted. Take the file as it was published")
+        raise DataError(
+            f"{path}: has {len(refs)} names; the set has {len(files)} files, {len(kept)} of them distorted. Take the "
+            "file as it was published"
+        )
     for order in orders:
         told = dict(zip(order, (str(r).strip().lower() for r in refs)))
         if all(told[f] == ref for f, ref in _LIVE_KNOWN.items()):
             return told
-    raise DataError(f"{path}: is in no known order: by it, jp2k/img2.bmp is not of studentsculpture.bmp. Take the file as it was published")
+    raise DataError(
+        f"{path}: is in no known order: by it, jp2k/img2.bmp is not of studentsculpture.bmp. Take the file as it was "
+        "published"
+    )
 
 
 def read_live(root: Path, cfg: Config) -> pd.DataFrame:
@@ -390,14 +604,22 @@ def read_live(root: Path, cfg: Config) -> pd.DataFrame:
     dmos, std, orgs = (_mat(path, v) for v in ("dmos_new", "dmos_std", "orgs"))
     copies = orgs == 1 if len(orgs) == len(files) else dmos == 0
     if {len(dmos), len(std)} != {len(files)} or copies.sum() != len(files) - FACTS["live"].images:
-        raise DataError(f"{path}: has {len(dmos)} DMOS, {len(std)} deviations and {copies.sum()} copies of references; release 2 has {len(files)}, "
-                        f"{len(files)} and {len(files) - FACTS['live'].images}. Take the file as it was published")
+        raise DataError(
+            f"{path}: has {len(dmos)} DMOS, {len(std)} deviations and {copies.sum()} copies of references; release 2 "
+            f"has {len(files)}, "
+            f"{len(files)} and {len(files) - FACTS['live'].images}. Take the file as it was published"
+        )
     refs = _live_refs(files, copies, _mat(names, "refnames_all"), names)
     found = {part: _resolve(root, part) or (_resolve(root, "blur") if part == "gblur" else None) for part in LIVE_PARTS}
     if not any(found.values()):
-        raise DataError(f"{root}: has the labels of LIVE and none of its folders {', '.join(LIVE_PARTS)}. Give the folder that has both")
+        raise DataError(
+            f"{root}: has the labels of LIVE and none of its folders {', '.join(LIVE_PARTS)}. Give the folder that "
+            "has both"
+        )
     folder = {part: d.name if d else part for part, d in found.items()}
-    t = pd.DataFrame(dict(image=files, mos=dmos, std=std * 100 / abs(np.subtract(*FACTS["live"].scale))))[~copies].reset_index(drop=True)
+    t = pd.DataFrame(dict(image=files, mos=dmos, std=std * 100 / abs(np.subtract(*FACTS["live"].scale))))[
+        ~copies
+    ].reset_index(drop=True)
     return t.assign(ref=t.image.map(refs), image=[f"{folder[f.split('/')[0]]}/{f.split('/')[1]}" for f in t.image])
 
 # %% ../nbs/04_sets.ipynb #279f1198
@@ -409,7 +631,10 @@ def read_livec(root: Path, cfg: Config) -> pd.DataFrame:
     if spread := _find(path.parent, "AllStdDev_release.mat"):
         t["std"] = _mat(spread, "AllStdDev_release")
     if len({len(v) for v in t.values()}) > 1:
-        raise DataError(f"{path.parent}: the files differ in length: {', '.join(f'{len(v)} {k}' for k, v in t.items())}. Take them from one download")
+        raise DataError(
+            f"{path.parent}: the files differ in length: {', '.join(f'{len(v)} {k}' for k, v in t.items())}. Take "
+            "them from one download"
+        )
     t = pd.DataFrame(t)
     return _assemble("livec", root, t[~t.name.str.fullmatch(r"t\d\.\w+")].reset_index(drop=True), path)
 
@@ -419,18 +644,27 @@ def read_bid(root: Path, cfg: Config) -> pd.DataFrame:
     path = _label_file("bid", root)
     sheet = _sheet(path)
     if sheet.shape[1] < 2 or not len(first := np.flatnonzero(sheet[0].str.fullmatch(r"\d+"))):
-        raise DataError(f"{path}: its first column has no numbers of pictures, with their grades in the second. Take the file as it was published")
-    t = sheet.iloc[first[0]:, :2].set_axis(["number", "mos"], axis=1)
+        raise DataError(
+            f"{path}: its first column has no numbers of pictures, with their grades in the second. Take the file as "
+            "it was published"
+        )
+    t = sheet.iloc[first[0] :, :2].set_axis(["number", "mos"], axis=1)
     t = t[(t.number == "").cumsum() == 0].reset_index(drop=True)  # the table ends at the first empty cell
     if len(bad := np.flatnonzero(~t.number.str.fullmatch(r"\d+"))):
         raise DataError(f"{path}: row {bad[0] + first[0] + 1}: {t.number[bad[0]]!r} is not the number of a picture")
-    return _assemble("bid", root, t.assign(name=[f"DatabaseImage{int(n):04d}.JPG" for n in t.number]).drop(columns="number"), path)
+    return _assemble(
+        "bid", root, t.assign(name=[f"DatabaseImage{int(n):04d}.JPG" for n in t.number]).drop(columns="number"), path
+    )
 
 # %% ../nbs/04_sets.ipynb #3d1457f6
 def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
     "BIQ2021: Images/ and two CSV files; official 10,000 / 2,000 split, MOS 0-1."
-    paths = {split: _label_file("biq2021", root, f"{split.title()} (Images and MOS).csv") for split in ("train", "test")}
-    parts = [_columns(read_labels(p), p, name="Image Name", mos="MOS").assign(split=split) for split, p in paths.items()]
+    paths = {
+        split: _label_file("biq2021", root, f"{split.title()} (Images and MOS).csv") for split in ("train", "test")
+    }
+    parts = [
+        _columns(read_labels(p), p, name="Image Name", mos="MOS").assign(split=split) for split, p in paths.items()
+    ]
     return _assemble("biq2021", root, pd.concat(parts, ignore_index=True), paths["train"])
 
 # %% ../nbs/04_sets.ipynb #9a1e499b
@@ -463,7 +697,10 @@ def _koniq_labels(root: Path) -> pd.DataFrame:
 def _koniq_json(root: Path) -> pd.DataFrame:
     "name, mos, split and scale from koniq_train.json and koniq_test.json, lists of {image, score}."
     paths = {split: _label_file("koniq-10k", root, f"koniq_{split}.json") for split in ("train", "test")}
-    t = pd.concat([_columns(read_labels(p), p, name="image", mos="score").assign(split=split) for split, p in paths.items()], ignore_index=True)
+    t = pd.concat(
+        [_columns(read_labels(p), p, name="image", mos="score").assign(split=split) for split, p in paths.items()],
+        ignore_index=True,
+    )
     return t.assign(scale=[_scale_of(t.mos, (1, 5), (1, 100))] * len(t))
 
 
@@ -508,5 +745,21 @@ def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
     return t[["image", "mos", "ref", "split"]]
 
 # %% ../nbs/04_sets.ipynb #02ee9771
-LOADERS = {"koniq-10k": read_koniq, **{n: partial(read_table, n) for n in ("spaq", "kadid-10k", "agiqa-3k")}, "live": read_live, "livec": read_livec,
-           "csiq": read_csiq, "tid2013": read_tid2013, "bid": read_bid, "biq2021": read_biq2021, "demo": read_demo, "csv": read_csv}
+LOADERS = {  # of sets that are no table
+    "koniq-10k": read_koniq,
+    "live": read_live,
+    "livec": read_livec,
+    "csiq": read_csiq,
+    "tid2013": read_tid2013,
+    "bid": read_bid,
+    "biq2021": read_biq2021,
+    "demo": read_demo,
+    "csv": read_csv,
+}
+
+
+def reader_of(
+    name: str,  # a name that `find_set` knows
+) -> Callable:  # (root, cfg) -> table
+    "Find the function that reads a set's labels: its own, or `read_table`."
+    return find_set(name).read or LOADERS.get(name) or partial(read_table, name)

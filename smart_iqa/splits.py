@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HASH_BITS', 'THUMB_CORRELATION', 'NO_SKETCH', 'ImageSet', 'settle', 'check_parts', 'sketch', 'find_near_duplicates',
-           'group_pairs', 'duplicate_pairs', 'duplicate_groups', 'name_pairs', 'take_groups', 'assign_splits',
+           'duplicate_pairs', 'name_pairs', 'group_pairs', 'duplicate_groups', 'take_groups', 'assign_splits',
            'save_split', 'read_split', 'random_splits', 'check_leaks', 'leaked']
 
 # %% ../nbs/05_splits.ipynb #4955dfc2
@@ -28,24 +28,26 @@ from .sets import DataError, read_labels
 # %% ../nbs/05_splits.ipynb #b2c35ca3
 @dataclass
 class ImageSet:
-    "An image set on disk: its table, where its files lie, and what was left out on the way."
+    "An image set on disk: its table, the folder of its files, and what was left out."
     name: str
     root: Path
     table: pd.DataFrame
-    note: str = ""  # what every result on this set must say
+    note: str = ""  # a sentence that every result on this set must carry
     skipped: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["image", "reason"]))
     duplicates: pd.DataFrame | None = None  # near-duplicate pairs, once they have been looked for
     renamed: dict = field(default_factory=dict)  # names in the labels that are not the files' own: label -> file
 
     def path(self, image: str) -> Path:
+        "Return the file of an image."
         return self.root / image
 
     def part(self, split: str) -> pd.DataFrame:
+        "Return the table's rows of one split."
         return self.table[self.table.split == split]
 
     @property
     def fingerprint(self) -> str:
-        "A hash of the table's content; it names runs and caches."
+        "Hash the table's content; the hash names runs and caches."
         return fingerprint(self.table.round(6).to_csv(index=False, lineterminator="\n"))
 
 # %% ../nbs/05_splits.ipynb #1ba32c98
@@ -60,32 +62,31 @@ def settle(
         lines = "\n".join(f"  {image}: {reason}" for image, reason in problems[:10])
         more = f"\n  ... and {len(frame) - 10} more" if len(frame) > 10 else ""
         raise DataError(f"{where}: {len(frame)} images cannot be used:\n{lines}{more}\n"
-                        f"Mend the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
+                        f"Fix the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
     return frame
 
 # %% ../nbs/05_splits.ipynb #69eae043
 def check_parts(
-    found: ImageSet,
-    expected=("train", "val", "test"),  # the parts that must be there
+    images: ImageSet,
+    expected=("train", "val", "test"),  # the splits that must be there
 ):
-    "DataError when a part is too small for its purpose: one picture has no rank correlation."
+    "Raise DataError when a split is too small for its purpose: training needs one image, the others need two."
     for split in expected:
-        least = 1 if split == "train" else 2
-        if (n := len(found.part(split))) < least:
-            raise DataError(f"{found.name} in {found.root}: the {split} part has {n} images and needs {least}; use split='random', another "
-                            f"fraction, or add images")
+        least, n = 1 if split == "train" else 2, len(images.part(split))
+        if n < least:
+            raise DataError(f"{images.name} in {images.root}: the {split} part has {n} images and needs {least}; "
+                            "use split='random', another fraction, or add images")
 
 # %% ../nbs/05_splits.ipynb #b83bad85
-HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so alike
+HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so well correlated
 
-
-NO_SKETCH = np.uint64(0), np.zeros(1024, np.float32)  # of a picture that cannot be read: it resembles nothing
+NO_SKETCH = np.uint64(0), np.zeros(1024, np.float32)  # of a picture that cannot be read: it resembles no other
 
 
 def sketch(
     img: Image.Image,  # decoded
 ) -> tuple[np.uint64, np.ndarray]:
-    "64-bit perceptual hash and a centred, normed 32 x 32 thumbnail (zeros for a blank picture)."
+    "Compute a 64-bit perceptual hash and a centred, normed 32 x 32 thumbnail (zeros for a blank picture)."
     img = img.convert("L")
     thumb = np.asarray(img.resize((32, 32), Image.Resampling.BILINEAR), np.float32).ravel()
     thumb = thumb - thumb.mean()
@@ -94,81 +95,62 @@ def sketch(
 
 
 def _sketch_file(path: Path) -> tuple[np.uint64, np.ndarray]:
-    "Sketch of a file; broken ones are told of when pixels are read."
+    "Sketch a file; broken ones are reported when their pixels are read."
     try:
         return sketch(load_image(path))
     except ValueError:
         return NO_SKETCH
 
-
+# %% ../nbs/05_splits.ipynb #c7a6709e
 def find_near_duplicates(
     paths: list[Path],         # picture files
     bits: int = HASH_BITS,     # largest Hamming distance of the 64-bit hashes
     correlation: float = THUMB_CORRELATION,  # smallest correlation of the thumbnails
-    scenes: np.ndarray | None = None,  # one number a picture; pairs of one scene are known and not looked for
+    scenes: np.ndarray | None = None,  # one number per picture; pairs of one scene are known and not looked for
     progress: bool = False,
-    sketches: list | None = None,  # of these files, where somebody has decoded them already
+    sketches: list | None = None,  # of these files, if they have been decoded already
 ) -> pd.DataFrame:             # a, b (row numbers, a < b), bits, correlation
-    "All pairs of near-duplicates among some thousand pictures. Blank and unreadable pictures resemble nothing."
+    "Find all pairs of near-duplicates among some thousand pictures. Blank and unreadable pictures resemble no other."
     scenes = np.arange(len(paths)) if scenes is None else np.asarray(scenes)
     if sketches is None:
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
             sketches = list(track(pool.map(_sketch_file, paths), len(paths), "looking for near-duplicates", progress))
-    hashes, thumbs = np.array([h for h, _ in sketches], np.uint64), np.array([t for _, t in sketches], np.float32)
+    hashes = np.array([h for h, _ in sketches], np.uint64)
+    thumbs = np.array([t for _, t in sketches], np.float32)
     pairs = []
     for a in range(len(paths) - 1):
-        apart = np.bitwise_count(hashes[a] ^ hashes[a + 1:])
-        for b in a + 1 + np.flatnonzero((apart <= bits) & (scenes[a + 1:] != scenes[a])):
-            if (c := float(thumbs[a] @ thumbs[b])) >= correlation:
-                pairs.append((a, b, int(apart[b - a - 1]), c))
+        distance = np.bitwise_count(hashes[a] ^ hashes[a + 1:])
+        candidates = (distance <= bits) & (scenes[a + 1:] != scenes[a])
+        for b in a + 1 + np.flatnonzero(candidates):
+            c = float(thumbs[a] @ thumbs[b])
+            if c >= correlation:
+                pairs.append((a, b, int(distance[b - a - 1]), c))
     return pd.DataFrame(pairs, columns=["a", "b", "bits", "correlation"])
-
-
-def group_pairs(
-    refs: pd.Series,      # scene of each row
-    pairs: pd.DataFrame,  # columns a, b: row numbers
-) -> np.ndarray:          # one group number a row
-    "Groups of rows that are connected by a shared scene or by a chain of near-duplicates."
-    codes, n = pd.factorize(refs)[0], len(refs)
-    first = pd.Series(np.arange(n)).groupby(codes).transform("first").to_numpy()  # ties every row to its scene
-    a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
-    return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
 
 # %% ../nbs/05_splits.ipynb #837e90b5
 def duplicate_pairs(
-    found: ImageSet,
+    images: ImageSet,
     cfg: Config,                   # cache
     progress: bool = False,
-    sketches: list | None = None,  # of the table's rows, where somebody has decoded them already
+    sketches: list | None = None,  # of the table's rows, if they have been decoded already
 ) -> pd.DataFrame:                 # as of find_near_duplicates
-    "Near-duplicate pairs of a set, remembered in the cache folder by the files' names, sizes and times."
-    paths = [found.path(i) for i in found.table.image]
+    "Find the near-duplicate pairs of a set, or read them from the cache: its key is the files' names, sizes and times."
+    paths = [images.path(i) for i in images.table.image]
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    scenes = pd.factorize(found.table.ref)[0]
-    memo = cache_dir(cfg.cache) / f"near-duplicates-{fingerprint([HASH_BITS, THUMB_CORRELATION, stats, scenes.tolist()])}.csv"
+    scenes = pd.factorize(images.table.ref)[0]
+    key = fingerprint([HASH_BITS, THUMB_CORRELATION, stats, scenes.tolist()])
+    memo = cache_dir(cfg.cache) / f"near-duplicates-{key}.csv"
     if not memo.exists():
         pairs = find_near_duplicates(paths, scenes=scenes, progress=progress, sketches=sketches)
         write_whole(memo, pairs.to_csv(index=False))
     return pd.read_csv(memo)
 
 
-def duplicate_groups(
-    found: ImageSet,
-) -> np.ndarray:  # one group number a row of its table
-    "Rows that must stay on one side of any split: of one scene, or near-duplicates where they were looked for."
-    row = pd.Series(np.arange(len(found.table)), found.table.image)
-    pairs = pd.DataFrame(dict(a=[], b=[]), dtype=int)
-    if (d := found.duplicates) is not None:
-        d = d[d.image_a.isin(row.index) & d.image_b.isin(row.index)]
-        pairs = pd.DataFrame(dict(a=row[d.image_a].to_numpy(), b=row[d.image_b].to_numpy()))
-    return group_pairs(found.table.ref, pairs)
-
-
 def name_pairs(
     pairs: pd.DataFrame,  # a, b: row numbers
     table: pd.DataFrame,
 ) -> pd.DataFrame:        # bits, correlation, image_a, split_a, score_a, image_b, split_b, score_b
-    "Pairs with names, splits and scores instead of row numbers."
+    "Replace the row numbers of pairs by names, splits and scores."
     named = pairs[["bits", "correlation"]].copy()
     for side in "ab":
         rows = table.iloc[pairs[side].to_numpy(int)]
@@ -176,13 +158,37 @@ def name_pairs(
             named[f"{column}_{side}"] = rows[column].to_numpy()
     return named
 
+# %% ../nbs/05_splits.ipynb #da1944e6
+def group_pairs(
+    refs: pd.Series,      # scene of each row
+    pairs: pd.DataFrame,  # columns a, b: row numbers
+) -> np.ndarray:          # one group number per row
+    "Number the groups of rows that a shared scene or a chain of near-duplicates connects."
+    codes, n = pd.factorize(refs)[0], len(refs)
+    first = pd.Series(np.arange(n)).groupby(codes).transform("first").to_numpy()  # ties every row to its scene
+    a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
+    return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
+
+
+def duplicate_groups(
+    images: ImageSet,
+) -> np.ndarray:  # one group number per row of its table
+    "Number the groups of rows that must stay on one side of any split: one scene, or near-duplicates if known."
+    row = pd.Series(np.arange(len(images.table)), images.table.image)
+    pairs = pd.DataFrame(dict(a=[], b=[]), dtype=int)
+    if images.duplicates is not None:
+        d = images.duplicates
+        d = d[d.image_a.isin(row.index) & d.image_b.isin(row.index)]
+        pairs = pd.DataFrame(dict(a=row[d.image_a].to_numpy(), b=row[d.image_b].to_numpy()))
+    return group_pairs(images.table.ref, pairs)
+
 # %% ../nbs/05_splits.ipynb #fc9ef569
 def take_groups(
     groups: np.ndarray,  # group number of each row
-    fraction: float,     # of the rows wanted
+    fraction: float,  # of the rows wanted
     seed: int,
-) -> np.ndarray:         # bool, one a row
-    "Whole groups in random order until about `fraction` of the rows is taken; at least one, never all."
+) -> np.ndarray:  # bool, one per row
+    "Take whole groups in random order until about `fraction` of the rows is taken; at least one, never all."
     names, sizes = np.unique(groups, return_counts=True)
     if len(names) < 2:
         raise DataError(f"{len(names)} group of images cannot be split: add images of other scenes")
@@ -190,13 +196,13 @@ def take_groups(
     upto = int(np.searchsorted(np.cumsum(sizes[order]), fraction * len(groups) + 1e-9, side="right"))
     return np.isin(groups, names[order[: min(max(upto, 1), len(names) - 1)]])
 
-
+# %% ../nbs/05_splits.ipynb #04777c18
 def assign_splits(
-    table: pd.DataFrame,  # with ref, and split where the set has an official one
+    table: pd.DataFrame,  # with ref, and split if the set has an official one
     cfg: Config,          # split, split_seed, val_fraction, test_fraction, cal_fraction
     groups: np.ndarray,   # rows of one group stay together
 ) -> pd.Series:
-    "train, val, cal or test for each row. DataError when an official split is asked for that the set does not have."
+    "Assign train, val, cal or test to each row. DataError for a split that the set does not have."
     split = table.split.copy()
     if cfg.split == "none":  # a set that is only tested on
         return pd.Series("test", table.index)
@@ -206,81 +212,98 @@ def assign_splits(
         split[:] = "train"
         split[take_groups(groups, cfg.test_fraction, cfg.split_seed)] = "test"
     elif split.isna().any():
-        raise DataError(f"{int(split.isna().sum())} of {len(split)} images have no {cfg.split} split "
-                        f"(e.g. {table.image[split.isna()].iloc[0]}): add the file with the split, or use split='random'")
-    if bad := set(split) - {"train", "val", "cal", "test"}:
-        raise DataError(f"split column: {sorted(map(str, bad))} is not train, val, cal or test")
-    if not (split == "val").any() and (train := (split == "train").to_numpy()).any():
-        split[np.flatnonzero(train)[take_groups(groups[train], cfg.val_fraction, [cfg.split_seed, 1])]] = "val"
+        raise DataError(f"{int(split.isna().sum())} of {len(split)} images have no {cfg.split} split (e.g. "
+                        f"{table.image[split.isna()].iloc[0]}): add the file with the split, or use split='random'")
+    unknown = set(split) - {"train", "val", "cal", "test"}
+    if unknown:
+        raise DataError(f"split column: {sorted(map(str, unknown))} is not train, val, cal or test")
+    if not (split == "val").any() and (split == "train").any():
+        _take_from_train(split, groups, "val", cfg.val_fraction, [cfg.split_seed, 1])
     if cfg.cal_fraction and not (split == "cal").any():
-        train = (split == "train").to_numpy()
-        split[np.flatnonzero(train)[take_groups(groups[train], cfg.cal_fraction, [cfg.split_seed, 2])]] = "cal"
+        _take_from_train(split, groups, "cal", cfg.cal_fraction, [cfg.split_seed, 2])
     return split
+
+
+def _take_from_train(split: pd.Series, groups: np.ndarray, name: str, fraction: float, seed: list[int]):
+    "Move a fraction of the training rows to another split, in place and in whole groups."
+    train = (split == "train").to_numpy()
+    split[np.flatnonzero(train)[take_groups(groups[train], fraction, seed)]] = name
 
 # %% ../nbs/05_splits.ipynb #fff046a0
 def save_split(
-    found: ImageSet,
+    images: ImageSet,
     path: str | Path,  # .csv
 ) -> Path:
     "Write the set's split as a file for `split=FILE`, in order of the images' names."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, found.table[["image", "split"]].sort_values("image").to_csv(index=False, lineterminator="\n"))
+    table = images.table[["image", "split"]].sort_values("image")
+    write_whole(path, table.to_csv(index=False, lineterminator="\n"))
     return path
 
 
 def read_split(
     path: str | Path,   # a CSV file with image and split
     images: pd.Series,  # of the table
-) -> np.ndarray:        # the part of each image
-    "The split in a file, for exactly these images. DataError names the images that one side lacks."
+) -> np.ndarray:        # the split of each image
+    "Read the split of exactly these images from a file. DataError names the images that one of the two lacks."
     frame = read_labels(path)
     if lacking := {"image", "split"} - set(frame.columns):
         raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}")
     if len(twice := frame.image[frame.image.duplicated()]):
         raise DataError(f"{path}: row {twice.index[0] + 2}: {twice.iloc[0]} is named twice")
-    part = frame.set_index("image").split
-    for these, what in ((images[~images.isin(part.index)], "in the set and not in the split"), (frame.image[~frame.image.isin(images)], "in the split and not in the set")):
-        if len(these):
-            raise DataError(f"{path}: {len(these)} images are {what}, such as {these.iloc[0]}; use the split with the copy it was made of "
-                            f"(include= takes a part of a set)")
-    return part[images].to_numpy()
+    split = frame.set_index("image").split
+    _check_same("in the set and not in the split", images[~images.isin(split.index)], path)
+    _check_same("in the split and not in the set", frame.image[~frame.image.isin(images)], path)
+    return split[images].to_numpy()
+
+
+def _check_same(side: str, rest: pd.Series, path: str | Path):
+    "Raise DataError for images that only one side has."
+    if len(rest):
+        raise DataError(f"{path}: {len(rest)} images are {side}, such as {rest.iloc[0]}; use the split with the copy "
+                        "that it was made from (include= takes a part of a set)")
 
 # %% ../nbs/05_splits.ipynb #1995b921
 def random_splits(
-    found: ImageSet,
+    images: ImageSet,
     cfg: Config,  # test_fraction, val_fraction, cal_fraction; split_seed of the first one, 0 by default
-    n: int = 10,  # how many; their seeds follow one another
+    n: int = 10,  # number of splits; their seeds follow one another
 ) -> list[ImageSet]:
-    "The set under n seeded random splits; whole groups of near-duplicates and of one reference stay on one side."
-    groups, sets = duplicate_groups(found), []
+    "Split a set at random under n seeds. Whole groups of near-duplicates and of one reference stay on one side."
+    groups, sets = duplicate_groups(images), []
     for seed in range(cfg.split_seed, cfg.split_seed + n):
-        table = found.table.assign(split=assign_splits(found.table, replace(cfg, split="random", split_seed=seed), groups))
-        sets.append(replace(found, table=table))
+        split = assign_splits(images.table, replace(cfg, split="random", split_seed=seed), groups)
+        sets.append(replace(images, table=images.table.assign(split=split)))
     return sets
 
 # %% ../nbs/05_splits.ipynb #7dae69f5
 def check_leaks(
-    found: ImageSet,
+    images: ImageSet,
 ):
-    "DataError when a scene, or a pair of near-duplicates, lies both in the test part and in a part that a model is made with."
-    test = found.table.split == "test"
-    both = set(found.table.ref[test]) & set(found.table.ref[~test])
-    pairs = [] if found.duplicates is None else found.duplicates[(found.duplicates.split_a == "test") != (found.duplicates.split_b == "test")]
-    if not len(both) and not len(pairs):
+    "Raise DataError when a scene, or a near-duplicate pair, lies both in the test split and in another one."
+    test = images.table.split == "test"
+    refs = set(images.table.ref[test]) & set(images.table.ref[~test])
+    pairs = pd.DataFrame()
+    if images.duplicates is not None:
+        d = images.duplicates
+        pairs = d[(d.split_a == "test") != (d.split_b == "test")]
+    if not refs and not len(pairs):
         return
-    lines = [f"  {r}: the same reference on both sides" for r in sorted(map(str, both))[:5]]
-    lines += [f"  {p.image_a} ({p.split_a}) and {p.image_b} ({p.split_b}): near-duplicates" for p in (pairs.head(5).itertuples() if len(pairs) else ())]
-    raise DataError(f"{found.name} in {found.root}: the split leaks, {len(both)} references and {len(pairs)} pairs of near-duplicates lie on both "
-                    "sides:\n" + "\n".join(lines) + "\nMend the split, use split='random', or go on with leaks='mark': the headline is then told without them.")
+    lines = [f"  {ref}: the same reference on both sides" for ref in sorted(map(str, refs))[:5]]
+    for p in pairs.head(5).itertuples():
+        lines.append(f"  {p.image_a} ({p.split_a}) and {p.image_b} ({p.split_b}): near-duplicates")
+    raise DataError(f"{images.name} in {images.root}: the split leaks, {len(refs)} references and {len(pairs)} pairs "
+                    "of near-duplicates lie on both sides:\n" + "\n".join(lines) + "\nFix the split, use split='random', "
+                    "or continue with leaks='mark': the headline is then reported without them.")
 
 # %% ../nbs/05_splits.ipynb #08f56e37
 def leaked(
-    found: ImageSet,  # near-duplicates count where they were looked for
+    images: ImageSet,  # with duplicates, if they have been looked for
 ) -> set[str]:
-    "Test images whose scene, or a near-duplicate, is among the images that a model is made with (training, validation, calibration)."
-    test, d = found.table.split == "test", found.duplicates
-    same = set(found.table.image[test & found.table.ref.isin(found.table.ref[~test])])
+    "List the test images whose scene, or a near-duplicate, is among the images of another split."
+    test, d = images.table.split == "test", images.duplicates
+    same = set(images.table.image[test & images.table.ref.isin(images.table.ref[~test])])
     if d is None:
         return same
     a, b = d.split_a == "test", d.split_b == "test"

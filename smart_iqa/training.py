@@ -60,8 +60,7 @@ def make_model(
     arguments = dict(pretrained=cfg.pretrained, freeze_batchnorm=cfg.freeze_batchnorm)
     if cfg.method == "smart":
         arguments |= dict(model_size=cfg.model_size, backbone=cfg.backbone, use_multiscale=cfg.use_multiscale,
-                          use_attention=cfg.use_attention, drop_path=cfg.drop_path, dropout=cfg.dropout, head=cfg.head,
-                          afa=cfg.afa)
+                          use_attention=cfg.use_attention, drop_path=cfg.drop_path, dropout=cfg.dropout, head=cfg.head)
     model = build_model(cfg.method, **arguments)
     if cfg.init:
         start = load_checkpoint(cfg.init)

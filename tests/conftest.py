@@ -1,7 +1,9 @@
 """Stand-in sets for the tests: small synthetic pictures whose score is how little noise they carry."""
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: kernels and workers take it over, and several tests run at once
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: kernels and workers take it over, and several tests run at once
 
 import numpy as np
 import pandas as pd
@@ -49,16 +51,38 @@ def write_set(folder, scores=None, splits=SPLITS):
     for k, score in enumerate(own):
         picture(k, 80 + 16 * (k % 3), 72 + 16 * (k % 2), 100 - score).save(folder / f"p{k}.png")
     names = [f"p{k}.png" for k in range(len(splits))]
-    pd.DataFrame(dict(image=names, score=own if scores is None else scores, split=splits)).to_csv(folder / "labels.csv", index=False)
+    pd.DataFrame(dict(image=names, score=own if scores is None else scores, split=splits)).to_csv(
+        folder / "labels.csv", index=False
+    )
     return folder
 
 
 def small_config(root, **values):
     """A csv set under a model of a million weights, so that an epoch takes a second."""
-    given = dict(dataset="csv", root=str(root), labels="labels.csv", score_range="0,100", backbone="test_efficientnet",
-                 pretrained="none", size=64, crop=64, train_crops=1, val_crops=2, test_crops=4, epochs=2, batch_size=8, lr=1e-3,
-                 head_lr_ratio=1.0, weight_decay=0.01, patience=0, amp="off", device="cpu", group_duplicates=False,
-                 start_at_mean=True, loss="smooth_l1")
+    given = dict(
+        dataset="csv",
+        root=str(root),
+        labels="labels.csv",
+        score_range="0,100",
+        backbone="test_efficientnet",
+        pretrained="none",
+        size=64,
+        crop=64,
+        train_crops=1,
+        val_crops=2,
+        test_crops=4,
+        epochs=2,
+        batch_size=8,
+        lr=1e-3,
+        head_lr_ratio=1.0,
+        weight_decay=0.01,
+        patience=0,
+        amp="off",
+        device="cpu",
+        group_duplicates=False,
+        start_at_mean=True,
+        loss="smooth_l1",
+    )
     return make_config(**given | values)
 
 

@@ -2,9 +2,12 @@
 import itertools
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,15 +15,28 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
-from smart_iqa.lab import architecture
-from smart_iqa.lab.architecture import draw_architecture, trace_model, watch
+from smart_iqa.heads import HEADS, Head
 from smart_iqa.lab.runs import RunError, execute
 from smart_iqa.model import HyperIQA, SmartIQA
 
+
+def definitions() -> types.ModuleType:
+    """What the notebook defines, without what it executes: its cells up to the heading of the models."""
+    path = Path(__file__).resolve().parent.parent / "nbs" / "experiments" / "architecture.ipynb"
+    cells = nbformat.read(path, 4).cells
+    end = next(k for k, c in enumerate(cells) if c.source.startswith("## The models"))
+    module = types.ModuleType("architecture")
+    sys.modules[module.__name__] = module  # dataclasses look there
+    exec("\n".join(c.source for c in cells[:end] if c.cell_type == "code"), vars(module))
+    return module
+
+
+architecture = definitions()
+draw_architecture, trace_model, watch = architecture.draw_architecture, architecture.trace_model, architecture.watch
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
 SWIN = dict(tiny=(96, 192, 384, 768), small=(96, 192, 384, 768), base=(128, 256, 512, 1024))
 VARIANTS = dict(single=dict(use_attention=False, use_multiscale=False), concat=dict(use_attention=False), attention={}, plain=dict(head="plain"),
-                projected=dict(afa="projected"), projected_concat=dict(afa="projected", use_attention=False))
+                projected=dict(head="projected"), projected_concat=dict(head="projected", use_attention=False))
 BLOCKS = {"backbone", "lda", "gate", "afa", "hyper", "target"}
 TARGET = [(112, 224), (56, 112), (28, 56), (14, 28), (1, 14)]
 GENERATED = 224 * 112 + 112 + 112 * 56 + 56 + 56 * 28 + 28 + 28 * 14 + 14 + 14 * 1 + 1
@@ -73,7 +89,7 @@ def test_blocks_add_up(variant):
     t, whole = trace_model(model, crop(64)), trace_model(small(), crop(64))
     assert t.parameters() == sum(p.numel() for p in model.parameters()) == t.table().parameters.sum()
     modules = dict(backbone="backbone", lda="lda", gate="gate", afa="project")
-    own = {b: sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] == m) for b, m in modules.items()}
+    own = {b: sum(p.numel() for n, p in model.named_parameters() if n.removeprefix("head.").split(".")[0] == m) for b, m in modules.items()}
     assert own == {b: t.parameters(b) for b in own}
     same = {"single": BLOCKS - {"gate", "hyper"}, "concat": BLOCKS - {"gate"}, "attention": BLOCKS, "plain": BLOCKS - {"hyper", "target"}}
     assert {b for b in BLOCKS if t.parameters(b) == whole.parameters(b)} == same.get(variant, {"backbone"})
@@ -82,7 +98,7 @@ def test_blocks_add_up(variant):
 def test_generated_is_what_differs():
     """Read from the memory of the tensors, and checked by values: a generated number differs between two crops, a learned one does not."""
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for arguments, want in (({}, GENERATED), (dict(head="plain"), 112), (dict(afa="projected"), 128 * 8 + 128 + 128 + 1)):
+    for arguments, want in (({}, GENERATED), (dict(head="plain"), 112), (dict(head="projected"), 128 * 8 + 128 + 128 + 1)):
         torch.manual_seed(0)
         model = small(**arguments).eval()
         with watch(model) as seen, torch.no_grad():
@@ -110,22 +126,54 @@ def test_other_pyramids(backbone):
 
 def test_model_is_left_as_it_was():
     model = small().train()
-    model.gate.eval()
+    model.head.gate.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trace_model(model, crop(64))
-    assert model.training and model.lda.training and not model.gate.training and model.last_attention_weights is None
+    assert model.training and model.head.lda.training and not model.head.gate.training and model.last_attention_weights is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not any(m._forward_hooks for m in model.modules())
 
 
 def test_a_layer_that_no_part_knows(monkeypatch):
     """Neither a stranger nor a failing forward pass leaves hooks behind."""
     model = small()
-    model.hyper.more = nn.Linear(3, 4)
+    model.head.hyper.more = nn.Linear(3, 4)
     with pytest.raises(ValueError, match="a layer is in no part"):
         trace_model(model, crop(64))
     with pytest.raises(RuntimeError):
         trace_model(model.train(), torch.zeros(1, 5, 64, 64))
     assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+class Votes(Head):
+    """A head with parameters in layers, in itself and in a layer that never runs."""
+
+    needs = ((1, 2), (3, 1), (4, 1), (4, 7))
+
+    def __init__(self, channels, **switches):
+        super().__init__(channels)
+        self.layers = nn.ModuleList(nn.Linear(c, 1) for c in (4 * channels[0], channels[2], channels[3], 49 * channels[3]))
+        self.level = nn.Parameter(torch.zeros(1))
+        self.idle = nn.Linear(2, 3)
+
+    def forward(self, pooled):
+        return self.level + sum(layer(p.flatten(1)) for layer, p in zip(self.layers, pooled)).flatten()
+
+
+@pytest.fixture
+def votes(monkeypatch):
+    monkeypatch.setitem(HEADS, "votes", Votes)
+    return SmartIQA(backbone="resnet18", head="votes")
+
+
+def test_a_head_of_somebody_else(votes):
+    """Its needs, then its layers in the order in which they ran; every parameter is counted."""
+    t = trace_model(votes, crop(64))
+    channels = votes.backbone.channels
+    assert [p.shape for p in t.of("head") if p.name.startswith("needs")] == [
+        (channels[0], 2, 2), (channels[2], 1, 1), (channels[3], 1, 1), (channels[3], 7, 7)]
+    assert [p.name for p in t.of("head") if p.parameters] == [f"layers.{k}" for k in range(4)] + ["itself", "idle"]
+    assert t.parameters() == sum(p.numel() for p in votes.parameters())
+    assert t.title == "SMART-IQA, votes head" and t.generated == 0
 
 
 # -- what is drawn --------------------------------------------------------------------------------------------------------
@@ -148,15 +196,17 @@ def apart(a, b, slack=0.0):
 
 
 def model_of(name):
+    if name == "votes":
+        return SmartIQA(backbone="resnet18", head=name)
     return HyperIQA() if name == "hyperiqa" else SmartIQA("base") if name == "base" else SmartIQA(backbone="resnet18", **VARIANTS[name])
 
 
-@pytest.mark.parametrize("name, side", [*((v, s) for v in VARIANTS for s in (224, 1024)), ("hyperiqa", 1024), ("base", 224)])
-def test_layout(monkeypatch, name, side):
+@pytest.mark.parametrize("name, side", [*((v, s) for v in VARIANTS for s in (224, 1024)), ("hyperiqa", 1024), ("base", 224), ("votes", 224)])
+def test_layout(monkeypatch, votes, name, side):
     """Boxes apart, texts apart and within their boxes and the sheet, lines beside the boxes and across no other line."""
     fig, boxes, lines = drawing(monkeypatch, trace_model(model_of(name), crop(side)))
     width, height = fig.get_size_inches()
-    assert width == 7.0 and 4.5 < height < 7.5 and not plt.get_fignums()
+    assert width == 7.0 and (4.5 < height < 7.5 or name == "votes") and not plt.get_fignums()
     rectangles = [(b.x, b.y, b.right, b.bottom) for b, _ in boxes]
     assert all(apart(a, b, 1e-6) for k, a in enumerate(rectangles) for b in rectangles[k + 1:])
     canvas = FigureCanvasAgg(fig)
@@ -200,11 +250,11 @@ def test_the_figure_follows_the_model():
     model = small()
     before = words(draw_architecture(trace_model(model, crop(64))))
     assert "linear: 256, ReLU" in before and "3 × 64 × 64" in before and "33,545 generated" in before
-    model.gate.net[0], model.gate.net[3] = nn.Linear(model.gate.net[0].in_features, 99), nn.Linear(99, 4)
-    model.hyper.stem[0], model.hyper.stem[2] = nn.Conv2d(model.hyper.stem[0].in_channels, 333, 1), nn.Conv2d(333, 256, 1)
+    model.head.gate.net[0], model.head.gate.net[3] = nn.Linear(model.head.gate.net[0].in_features, 99), nn.Linear(99, 4)
+    model.head.hyper.stem[0], model.head.hyper.stem[2] = nn.Conv2d(model.head.hyper.stem[0].in_channels, 333, 1), nn.Conv2d(333, 256, 1)
     trace = trace_model(model, crop(96))
     after = words(draw_architecture(trace))
-    gate = sum(p.numel() for p in model.gate.parameters())
+    gate = sum(p.numel() for p in model.head.gate.parameters())
     assert {"linear: 99, ReLU", "333 × 7 × 7", "3 × 96 × 96", f"{gate:,} par."} <= set(after) and "linear: 256, ReLU" not in after
     shapes = [w.split(": ")[-1] for w in after if w.count("×") == 2 and any(c.isdigit() for c in w)]
     assert len(shapes) > 15 and set(shapes) <= set(trace.table()["shape"])

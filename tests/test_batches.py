@@ -22,7 +22,6 @@ from smart_iqa.config import make_config
 from smart_iqa.files import take_lock
 from smart_iqa.lab import workers
 from smart_iqa.lab.runs import (
-    FIT_LOCK,
     KERNEL_LOCK,
     RUN_LOCK,
     Busy,
@@ -236,7 +235,7 @@ def test_stale_locks(tmp_path):
     nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
     folder = planned_folder(nb, {}, tmp_path)
     folder.mkdir(parents=True)
-    for name in (RUN_LOCK, KERNEL_LOCK, FIT_LOCK):
+    for name in (RUN_LOCK, KERNEL_LOCK):
         (folder / name).write_text("4194304\nanother-host\n")
     (folder / "failure.json").write_text("{")  # torn
     (folder / ".record.json.123.tmp").write_text("{")
@@ -259,7 +258,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
             execute(nb, {}, tmp_path, echo=None)
         folder = planned_folder(nb, {}, tmp_path)
         assert not is_held(folder)
-        for name in (RUN_LOCK, KERNEL_LOCK, FIT_LOCK):
+        for name in (RUN_LOCK, KERNEL_LOCK):
             (folder / name).touch()
     with pytest.raises(OSError, match="no file locks"):
         take_lock(folder / RUN_LOCK)
@@ -388,7 +387,7 @@ def test_a_whole_batch_under_a_clock_that_jumps(standin, tmp_path, undisturbed):
 
 
 def test_by_hand_nothing_is_opened_where_somebody_works(standin, tmp_path):
-    """Several processes that train; a kernel whose launcher died; a run that is finished just now. What was taken before the error is given back."""
+    """A launcher works there; or a kernel whose launcher died; or the run was finished just now. Locks taken before the error are released."""
     from smart_iqa.data import load_set
     from smart_iqa.lab import runs as records
 
@@ -396,7 +395,7 @@ def test_by_hand_nothing_is_opened_where_somebody_works(standin, tmp_path):
     found, run = load_set(cfg), tmp_path / "run"
     run.mkdir()
     hold = "import sys; from smart_iqa.lab.runs import hold_here; hold_here(sys.argv[1], sys.argv[2]); print('here', flush=True); sys.stdin.read()"
-    for name in (FIT_LOCK, KERNEL_LOCK):
+    for name in (RUN_LOCK, KERNEL_LOCK):
         other = subprocess.Popen([sys.executable, "-c", hold, str(run), name], env=OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "here\n"
         with pytest.raises(Busy):
@@ -485,8 +484,8 @@ def test_what_a_worker_cannot_do_is_not_called_killed(tmp_path, monkeypatch):
 
 
 def test_what_killed_a_run_is_asked_again(tmp_path, monkeypatch):
-    """A killed process of a run, a dead kernel: three attempts; what the run itself says is final."""
-    for kind, times in (("KilledError", 3), ("DeadKernelError", 3), ("Diverged", 1)):
+    """A dead kernel: three attempts; an error of the run itself is final."""
+    for kind, times in (("DeadKernelError", 3), ("Diverged", 1)):
         asked = []
         monkeypatch.setattr(workers, "_work", lambda job, *a, kind=kind, asked=asked: asked.append(job) or ("failed", ("no", kind, "")))
         monkeypatch.setattr(workers.time, "sleep", lambda s: None)

@@ -1,4 +1,7 @@
-"""Real files: BIQ2021 (6,200 pictures of it) and the real label file of KonIQ-10k. Skipped where they are not on disk."""
+"""Real files: BIQ2021 (6,200 pictures of it) and the real label file of KonIQ-10k.
+
+Skipped where they are not on disk."""
+
 import os
 from pathlib import Path
 
@@ -16,13 +19,18 @@ from smart_iqa.splits import leaked
 DATA = Path(os.environ.get("SMART_IQA_DATA") or Path(__file__).parents[2] / "shared" / "data").expanduser()
 ROOT, KONIQ = DATA / "biq2021", DATA / "scores" / "koniq10k_distributions_sets.csv"
 needs_biq = pytest.mark.skipif(not (ROOT / "Images").is_dir(), reason="no biq2021/ below $SMART_IQA_DATA")
-needs_koniq = pytest.mark.skipif(not KONIQ.is_file(), reason="no scores/koniq10k_distributions_sets.csv below $SMART_IQA_DATA")
+needs_koniq = pytest.mark.skipif(
+    not KONIQ.is_file(), reason="no scores/koniq10k_distributions_sets.csv below $SMART_IQA_DATA"
+)
 
 
 @pytest.fixture(scope="module")
 def labels():
     """The two label files, read without our reader."""
-    parts = [pd.read_csv(ROOT / f"{s.title()} (Images and MOS).csv", usecols=["Image Name", "MOS"]).assign(part=s) for s in ("train", "test")]
+    parts = [
+        pd.read_csv(ROOT / f"{s.title()} (Images and MOS).csv", usecols=["Image Name", "MOS"]).assign(part=s)
+        for s in ("train", "test")
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -42,7 +50,9 @@ def test_splits(biq, labels):
     """The official test part as it is; a tenth of the official training part becomes the validation part."""
     official = labels.part.value_counts()
     parts = biq.table.split.value_counts()
-    assert (official.train, official.test) == (5200, 1000), "another excerpt of BIQ2021: the counts below are not its own"
+    assert (official.train, official.test) == (5200, 1000), (
+        "another excerpt of BIQ2021: the counts below are not its own"
+    )
     assert parts.test == 1000 and parts.val == 520 and parts.train == 4680 and not len(biq.skipped)
     test = {f"Images/{n}".lower() for n in labels["Image Name"][labels.part == "test"]}
     assert {i.lower() for i in biq.part("test").image} == test
@@ -89,7 +99,9 @@ def test_validation_part_depends_on_its_seed_alone(cache, biq):
 
 @needs_biq
 def test_near_duplicates(cache):
-    """The official split shows nearly the same picture on both sides. Ours does not, between training and validation."""
+    """The official split shows nearly the same picture on both sides.
+
+    Ours does not, between training and validation."""
     found = load_set(make_config("lite", root=str(ROOT), cache=cache))
     d = found.duplicates
     crossing = d[(d.split_a == "test") != (d.split_b == "test")]
@@ -98,7 +110,9 @@ def test_near_duplicates(cache):
     assert frozenset(("ss01 (1066).jpg", "ss01 (905).jpg")) in pairs
     inside = d[(d.split_a != "test") & (d.split_b != "test")]
     assert len(inside) and (inside.split_a == inside.split_b).all()
-    assert leaked(found) == {a if s == "test" else b for a, b, s in zip(crossing.image_a, crossing.image_b, crossing.split_a, strict=True)}
+    assert leaked(found) == {
+        a if s == "test" else b for a, b, s in zip(crossing.image_a, crossing.image_b, crossing.split_a, strict=True)
+    }
     assert abs(found.table.split.value_counts().val - 520) <= 60
     # pairs are alike in what people said, too: chance would give a difference of some 20 points
     assert (d.score_a - d.score_b).abs().median() < 10
@@ -106,7 +120,8 @@ def test_near_duplicates(cache):
 
 @pytest.fixture(scope="module")
 def koniq(tmp_path_factory):
-    """KonIQ-10k's label file beside one tiny picture under all of its 10,073 names (links: the search reads names alone)."""
+    """KonIQ-10k's label file beside one tiny picture under all of its 10,073 names (links: the search reads names
+    alone)."""
     root = tmp_path_factory.mktemp("koniq")
     (root / KONIQ.name).write_bytes(KONIQ.read_bytes())
     (root / "512x384").mkdir()
@@ -123,7 +138,7 @@ def test_koniq_official_split(koniq, cache):
     raw = pd.read_csv(KONIQ).set_index("image_name")
     mine = found.table.set_index(found.table.image.map(lambda i: Path(i).name))
     np.testing.assert_allclose(mine.score, (raw.MOS[mine.index] - 1) / 99 * 100, atol=1e-9)  # MOS is declared as 1-100
-    np.testing.assert_allclose(mine["std"], raw.SD[mine.index] * 25, atol=1e-9)                # votes 1-5: a step is 25 points
+    np.testing.assert_allclose(mine["std"], raw.SD[mine.index] * 25, atol=1e-9)  # votes 1-5: a step is 25 points
 
 
 @needs_koniq
@@ -131,7 +146,10 @@ def test_koniq_paper_split(koniq, cache):
     found = load_set(make_config("paper", root=str(koniq), cache=cache, split="paper", group_duplicates=False))
     parts = found.table.split.value_counts()
     assert parts.train == 7046 and parts.test == 2010
-    assert not {Path(i).stem for i in found.table.image} & set(KONIQ_PAPER_LEAVES_OUT) and len(set(KONIQ_PAPER_LEAVES_OUT)) == 17
+    assert (
+        not {Path(i).stem for i in found.table.image} & set(KONIQ_PAPER_LEAVES_OUT)
+        and len(set(KONIQ_PAPER_LEAVES_OUT)) == 17
+    )
 
 
 @needs_koniq
@@ -139,7 +157,9 @@ def test_koniq_random_split(koniq, cache):
     """Ten random splits are ten different ones, each complete and of the right size."""
     seen = set()
     for seed in range(3):
-        table = load_set(make_config("paper", root=str(koniq), cache=cache, split="random", split_seed=seed, group_duplicates=False)).table
+        table = load_set(
+            make_config("paper", root=str(koniq), cache=cache, split="random", split_seed=seed, group_duplicates=False)
+        ).table
         parts = table.split.value_counts()
         assert abs(parts.test - 0.2 * 10073) < 2 and abs(parts.val - 0.1 * 0.8 * 10073) < 2 and parts.sum() == 10073
         seen.add(frozenset(table.image[table.split == "test"]))

@@ -47,7 +47,9 @@ def photos(tmp_path_factory) -> Path:
 
 def stand_in(root: Path) -> ImageSet:
     names = sorted(p.name for p in root.glob("*.jpg"))
-    return ImageSet("photos", root, pd.DataFrame(dict(image=names, mos=0.0, score=50.0, std=0.0, ref=names, split="train")))
+    return ImageSet(
+        "photos", root, pd.DataFrame(dict(image=names, mos=0.0, score=50.0, std=0.0, ref=names, split="train"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,11 @@ def whole(photos, tmp_path_factory):
 
 
 def start(photos: Path, folder: Path, processes: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(photos / "build.py"), str(photos), str(folder), str(processes)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(photos / "build.py"), str(photos), str(folder), str(processes)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_killed_in_the_middle_goes_on(photos, whole, tmp_path):

@@ -1,4 +1,6 @@
-"""`smart-iqa data`: damaged copies of sets and what is said about them, fetching that is killed, splits as files, exit codes."""
+"""`smart-iqa data`: damaged copies of sets and what is said about them, fetching that is killed, splits as files, exit
+codes."""
+
 import json
 import os
 import re
@@ -42,7 +44,9 @@ def sound(tmp_path_factory):
         picture(k, 96 + 8 * (k % 3), 80, 4).save(root / f"p{k:02d}.jpg", quality=92)
     mos = np.random.default_rng(3).uniform(1.2, 4.8, 40).round(2)
     split = [part for part, n in N.items() for _ in range(n)]
-    pd.DataFrame(dict(image=[f"p{k:02d}.jpg" for k in range(40)], mos=mos, split=split)).to_csv(root / "labels.csv", index=False)
+    pd.DataFrame(dict(image=[f"p{k:02d}.jpg" for k in range(40)], mos=mos, split=split)).to_csv(
+        root / "labels.csv", index=False
+    )
     return root
 
 
@@ -80,13 +84,19 @@ def check_words(root, *more):
 def test_sound_set(root, run):
     code, out, err = run(*check_words(root))
     assert code == 0 and out.splitlines()[0].endswith(": fine") and err == ""
-    assert "40 can be used of 40" in out and "train 26, val 6, test 8" in out and "PROBLEM" not in out and "WARNING" not in out
+    assert (
+        "40 can be used of 40" in out
+        and "train 26, val 6, test 8" in out
+        and "PROBLEM" not in out
+        and "WARNING" not in out
+    )
     assert "1 (worst) to 5 (best)" in out and re.search(r"\d+ pictures a second", out)
     assert "96 x 80 to 112 x 80" in out and "RGB 40; JPEG 40" in out
 
 
 def test_each_picture_is_decoded_once(root, monkeypatch):
-    """The readability check and the search for near-duplicates share the pixels, and `load_set` finds the pairs afterwards."""
+    """The readability check and the search for near-duplicates share the pixels, and `load_set` finds the pairs
+    afterwards."""
     import smart_iqa.splits as data
 
     opened = []
@@ -96,7 +106,10 @@ def test_each_picture_is_decoded_once(root, monkeypatch):
     report = check_set(config(root))
     assert sorted(opened) == [f"p{k:02d}.jpg" for k in range(40)]
     found = load_set(config(root, leaks="mark"))
-    assert len(found.duplicates) == len(report.pairs) == 1 and set(report.pairs.iloc[0][["image_a", "image_b"]]) == {"p05.jpg", "p39.jpg"}
+    assert len(found.duplicates) == len(report.pairs) == 1 and set(report.pairs.iloc[0][["image_a", "image_b"]]) == {
+        "p05.jpg",
+        "p39.jpg",
+    }
 
 
 def test_sketch_of_a_look_is_the_sketch_of_the_picture(root):
@@ -195,10 +208,20 @@ DAMAGES = [
     (copy_bytes, "copies", "warning", ("p17.jpg: the same bytes as p03.jpg", "points apart in their labels")),
     (leak, "leak", "problem", ("p36.jpg: nearly p03.jpg (train)", "--split random")),
     (stray, "extra", "warning", ("stray.PNG: no row of the labels names it",)),
-    (set_label("5.4"), "label", "problem", ("labels.csv line 19: p17.jpg: label 5.4 is outside the declared 1 to 5", "fresh copy")),
+    (
+        set_label("5.4"),
+        "label",
+        "problem",
+        ("labels.csv line 19: p17.jpg: label 5.4 is outside the declared 1 to 5", "fresh copy"),
+    ),
     (set_label("3,4"), "label", "problem", ("labels.csv line 19: p17.jpg: label '3,4' is not a number",)),
     (set_label(""), "label", "problem", ("labels.csv line 19: p17.jpg: label '' is not a number",)),
-    (set_label("3.4142135"), "rounding", "warning", ("labels.csv line 19: p17.jpg: label 3.4142135; the others have 2 decimals",)),
+    (
+        set_label("3.4142135"),
+        "rounding",
+        "warning",
+        ("labels.csv line 19: p17.jpg: label 3.4142135; the others have 2 decimals",),
+    ),
     (twice, "twice", "problem", ("labels.csv line 5 and line 19: p03.jpg: named twice", "delete the rows")),
     (constant, "constant", "problem", ("all 40 labels are 3", "--score-column")),
     (no_test, "split", "problem", ("the test part has 0 images", "--split random")),
@@ -225,7 +248,8 @@ def test_damage(root, harm, kind, level, words):
 
 
 def test_everything_at_once(root, run, tmp_path):
-    """All damages in one pass, in no more lines than a screen has; all rows in a file; nothing but the report on stdout."""
+    """All damages in one pass, in no more lines than a screen has; all rows in a file; nothing but the report on
+    stdout."""
     other_case(root)
     for k in range(8):
         (root / f"p{k:02d}.jpg").unlink()
@@ -239,7 +263,9 @@ def test_everything_at_once(root, run, tmp_path):
     assert code == 1 and len(out.splitlines()) <= MAX_LINES
     assert "NOT FINE: missing 8, label 2, unreadable 8, leak 1" in out and "... and " in out
     findings = pd.read_csv(tmp_path / "findings.csv")
-    assert findings.kind.value_counts().to_dict() == dict(missing=8, unreadable=8, label=2, leak=1, copies=1, extra=12, case=1)
+    assert findings.kind.value_counts().to_dict() == dict(
+        missing=8, unreadable=8, label=2, leak=1, copies=1, extra=12, case=1
+    )
     assert set(findings[findings.kind == "missing"]["where"]) == {f"labels.csv line {k + 2}" for k in range(8)}
     pairs = pd.read_csv(tmp_path / "pairs.csv")
     assert list(pairs.same_bytes) == [True, False] and "findings.csv" in err
@@ -278,9 +304,13 @@ def test_turned_by_exif(root):
 
 
 def test_wrong_folder(root, run):
-    for words, part in ((("biq2021", root), "Train (Images and MOS).csv"), (("csv", root, "--labels", "no.csv", "--score-range", "1,5"), "no such file"),
-                        (("csv", root / "nowhere", "--labels", "labels.csv"), "is not a folder"), (("csv", root, "--labels", "labels.csv"), "score_range"),
-                        (("csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--score-column", "beauty"), "beauty")):
+    for words, part in (
+        (("biq2021", root), "Train (Images and MOS).csv"),
+        (("csv", root, "--labels", "no.csv", "--score-range", "1,5"), "no such file"),
+        (("csv", root / "nowhere", "--labels", "labels.csv"), "is not a folder"),
+        (("csv", root, "--labels", "labels.csv"), "score_range"),
+        (("csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--score-column", "beauty"), "beauty"),
+    ):
         code, out, err = run("check", *words, "--quiet")
         assert code == 1 and part in out + err and "Traceback" not in err
 
@@ -292,7 +322,17 @@ def test_labels_without_their_pictures(root, run):
     assert code == 1 and "missing 40" in out and "0 can be used of 40" in out
 
 
-@pytest.mark.parametrize("words", [("check", "csv"), ("check",), ("split", "csv", "x"), ("check", "csv", "x", "--on-error", "cry"), ("nonsense",), ()])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check", "csv"),
+        ("check",),
+        ("split", "csv", "x"),
+        ("check", "csv", "x", "--on-error", "cry"),
+        ("nonsense",),
+        (),
+    ],
+)
 def test_usage(run, words):
     assert run(*words)[0] == 2
 
@@ -374,11 +414,15 @@ def test_line_in_the_right_label_file(biq):
     for k in (2, 24):
         (biq / "Images" / f"ss01 ({k}).jpg").unlink()
     report = check_set(make_config("paper", dataset="biq2021", root=str(biq)))
-    assert list(report.problems[report.problems.kind == "missing"]["where"]) == ["Train (Images and MOS).csv line 4", "Test (Images and MOS).csv line 6"]
+    assert list(report.problems[report.problems.kind == "missing"]["where"]) == [
+        "Train (Images and MOS).csv line 4",
+        "Test (Images and MOS).csv line 6",
+    ]
 
 
 def test_include_is_a_part_that_was_asked_for(biq, run):
-    """Not counted against the published number; but ten training pictures leave one for validation, and training would fail."""
+    """Not counted against the published number; but ten training pictures leave one for validation, and training would
+    fail."""
     words = ("check", "biq2021", biq, "--quiet", "--include", "*/ss01*")
     code, out, _ = run(*words)
     assert code == 1 and "NOT FINE: split 1" in out and "the val part has 1 images" in out
@@ -413,7 +457,9 @@ def test_splits(root, run, tmp_path):
     load_image(root / "p03.jpg").save(root / "p36.jpg", quality=55)
     code, out, _ = run(*split_words(root, tmp_path / "s"))
     files = sorted((tmp_path / "s").iterdir())
-    assert code == 0 and [f.name for f in files] == [f"csv-{k:02d}.csv" for k in range(10)] and len(out.splitlines()) == 10
+    assert (
+        code == 0 and [f.name for f in files] == [f"csv-{k:02d}.csv" for k in range(10)] and len(out.splitlines()) == 10
+    )
     frames = [pd.read_csv(f, index_col="image").split for f in files]
     assert len({tuple(f) for f in frames}) == 10 and all(f["p03.jpg"] == f["p36.jpg"] for f in frames)
     assert all(abs((f == "test").sum() - 8) <= 1 for f in frames)
@@ -429,7 +475,9 @@ def test_splits_are_not_overwritten(root, run, tmp_path):
     before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in to.iterdir()}
     assert run(*split_words(root, to, "--count", 2))[0] == 0  # the same: nothing to write
     code, _, err = run(*split_words(root, to, "--count", 3, "--test-fraction", 0.4))
-    assert code == 1 and "--again" in err and {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in to.iterdir()} == before
+    assert (
+        code == 1 and "--again" in err and {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in to.iterdir()} == before
+    )
     assert run(*split_words(root, to, "--count", 3, "--test-fraction", 0.4, "--again"))[0] == 0
     assert (pd.read_csv(to / "csv-00.csv").split == "test").sum() == 16 and len(list(to.iterdir())) == 3
 
@@ -438,10 +486,27 @@ def test_splits_are_not_overwritten(root, run, tmp_path):
 
 
 def test_prepare(root, run, tmp_path):
-    words = ("prepare", "csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--quiet", "--size", 64, "--cache", tmp_path / "cache")
+    words = (
+        "prepare",
+        "csv",
+        root,
+        "--labels",
+        "labels.csv",
+        "--score-range",
+        "1,5",
+        "--quiet",
+        "--size",
+        64,
+        "--cache",
+        tmp_path / "cache",
+    )
     code, out, _ = run(*words)
     pixels = sum(64 * round((96 + 8 * (k % 3)) * 0.8) * 3 for k in range(40))
-    assert code == 0 and out.startswith("40 pictures") and [f.stat().st_size for f in (tmp_path / "cache").glob("*.u8")] == [pixels]
+    assert (
+        code == 0
+        and out.startswith("40 pictures")
+        and [f.stat().st_size for f in (tmp_path / "cache").glob("*.u8")] == [pixels]
+    )
     (root / "p17.jpg").write_bytes(b"torn")
     code, _, err = run(*words)
     assert code == 1 and "p17.jpg" in err and "--on-error skip" in err
@@ -451,14 +516,35 @@ def test_prepare(root, run, tmp_path):
 
 def test_prepare_without_an_official_split(root, run, tmp_path):
     edit(root, lambda t: t.pop("split"))
-    assert run("prepare", "csv", root, "--labels", "labels.csv", "--score-range", "1,5", "--quiet", "--size", 64, "--cache", tmp_path)[0] == 0
+    assert (
+        run(
+            "prepare",
+            "csv",
+            root,
+            "--labels",
+            "labels.csv",
+            "--score-range",
+            "1,5",
+            "--quiet",
+            "--size",
+            64,
+            "--cache",
+            tmp_path,
+        )[0]
+        == 0
+    )
 
 
 # ---- fetching: a repository in a folder stands in for the real one
 
 
 def git(folder, *words):
-    return subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
 
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -485,12 +571,17 @@ def same_files(a, b):
 @needs_git
 @pytest.mark.parametrize("filtering", ["true", "false"])
 def test_fetch(repository, run, tmp_path, filtering):
-    """Whole, equal, counted, without a second copy of all pictures; from servers that know partial clones and those that do not."""
+    """Whole, equal, counted, without a second copy of all pictures; from servers that know partial clones and those
+    that do not."""
     git(repository, "config", "uploadpack.allowFilter", filtering)
     to = tmp_path / "new" / "mine"
     code, out, err = run("fetch", "biq2021", to, "--source", repository.as_uri(), "--quiet")
     assert code == 0 and "data check" in out, err
-    assert same_files(repository, to) and not (to / ".git").exists() and sorted(p.name for p in to.parent.iterdir()) == ["mine"]
+    assert (
+        same_files(repository, to)
+        and not (to / ".git").exists()
+        and sorted(p.name for p in to.parent.iterdir()) == ["mine"]
+    )
     assert json.loads((to / "fetched.json").read_text())["commit"] == git(repository, "rev-parse", "HEAD").strip()
     assert run("check", "biq2021", to, "--quiet")[0] == 0
     shutil.rmtree(repository)
@@ -518,7 +609,9 @@ def test_interrupted_fetch_goes_on(repository, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "_git", lambda words, *rest: calls.append(words) or real(words, *rest))
     fetch_set("biq2021", tmp_path / "mine", repository.as_uri(), batch=8)
     assert "clone" not in [w[0] for w in calls] and [w[0] for w in calls].count("checkout") == 2
-    assert same_files(repository, tmp_path / "mine") and all((tmp_path / "mine" / "Images" / n).stat().st_mtime_ns == t for n, t in there.items())
+    assert same_files(repository, tmp_path / "mine") and all(
+        (tmp_path / "mine" / "Images" / n).stat().st_mtime_ns == t for n, t in there.items()
+    )
 
 
 @needs_git
@@ -526,8 +619,8 @@ def test_interrupted_fetch_goes_on(repository, tmp_path, monkeypatch):
 def test_killed_fetch_goes_on(repository, tmp_path):
     """kill -9 of a fetch in another process, and of the git that it runs; then the same again."""
     to, part = tmp_path / "mine", tmp_path / "mine.part"
-    code = (f"from smart_iqa.checks import *; from smart_iqa import checks; from dataclasses import replace\n"
-            f"checks.FACTS['biq2021'] = replace(checks.FACTS['biq2021'], images=26)\n"
+    code = (f"from smart_iqa.checks import *; from smart_iqa.sets import FACTS; from dataclasses import replace\n"
+            f"FACTS['biq2021'] = replace(FACTS['biq2021'], images=26)\n"
             f"fetch_set('biq2021', {str(to)!r}, {repository.as_uri()!r}, batch=1)")
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     end = time.time() + 60
@@ -588,7 +681,13 @@ def test_without_git(run, tmp_path, monkeypatch):
 def test_sets_that_are_not_fetched(run, tmp_path, name):
     """No address is made up: where to get it, what to accept, how to lay it out."""
     code, _, err = run("fetch", name, tmp_path / "mine")
-    assert code == 1 and FACTS[name].get in err and FACTS[name].terms in err and f"data check {name}" in err and all(f in err for f in FACTS[name].files)
+    assert (
+        code == 1
+        and FACTS[name].get in err
+        and FACTS[name].terms in err
+        and f"data check {name}" in err
+        and all(f in err for f in FACTS[name].files)
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -607,7 +706,10 @@ def test_list_and_info(run):
 
 def test_help_does_not_wait_for_torch():
     """The commands import what they need; `--help` imports none of it."""
-    code = "import sys, smart_iqa.cli as c\ntry: c.main(['data', 'check', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys, smart_iqa.cli as c\ntry: c.main(['data', 'check', '--help'])\n"
+        "except SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--partial" in done.stdout, done.stderr
 
@@ -618,7 +720,12 @@ def test_lines_of_headless_and_nested_label_files(tmp_path):
     pd.DataFrame(dict(image=["k1.png", "k2.png"], mos=[1, 2])).to_excel(tmp_path / "t.xlsx", index=False)
     files = [tmp_path / n for n in ("mos_with_names.txt", "list.json", "t.xlsx")]
     found = find_lines(["d/i01_01_2.bmp", "x/b b.jpg", "k2.png", "none"], files)
-    assert found == {"d/i01_01_2.bmp": "mos_with_names.txt line 2", "x/b b.jpg": "list.json row 2", "k2.png": "t.xlsx row 3", "none": ""}
+    assert found == {
+        "d/i01_01_2.bmp": "mos_with_names.txt line 2",
+        "x/b b.jpg": "list.json row 2",
+        "k2.png": "t.xlsx row 3",
+        "none": "",
+    }
 
 
 # ---- the real thing
@@ -626,14 +733,30 @@ def test_lines_of_headless_and_nested_label_files(tmp_path):
 
 @needs_biq
 def test_shared_biq2021(run, tmp_path):
-    """Some fifty real photographs: sound, and among them one that was saved again on the other side of the official split."""
-    code, out, _ = run("check", "biq2021", BIQ, "--include", "*/ss03 ([57]*[67][12]).jpg", "--quiet", "--partial", "--pairs", tmp_path / "pairs.csv")
+    """Some fifty real photographs: sound, and among them one that was saved again on the other side of the official
+    split."""
+    code, out, _ = run(
+        "check",
+        "biq2021",
+        BIQ,
+        "--include",
+        "*/ss03 ([57]*[67][12]).jpg",
+        "--quiet",
+        "--partial",
+        "--pairs",
+        tmp_path / "pairs.csv",
+    )
     assert code == 0 and "PROBLEM" not in out and "512 x 512" in out and "of the declared 0 (worst) to 1 (best)" in out
-    assert "WARNING  pairs of near-duplicates on both sides of the official split" in out and len(out.splitlines()) <= MAX_LINES
+    assert (
+        "WARNING  pairs of near-duplicates on both sides of the official split" in out
+        and len(out.splitlines()) <= MAX_LINES
+    )
     pairs = pd.read_csv(tmp_path / "pairs.csv")
     cross = pairs[(pairs.split_a == "test") != (pairs.split_b == "test")]
     assert f"crossing {len(cross)}" in out
-    assert {"Images/ss03 (7961).jpg", "Images/ss03 (5772).jpg"} in [{a, b} for a, b in zip(cross.image_a, cross.image_b, strict=True)]
+    assert {"Images/ss03 (7961).jpg", "Images/ss03 (5772).jpg"} in [
+        {a, b} for a, b in zip(cross.image_a, cross.image_b, strict=True)
+    ]
 
 
 def test_ctrl_c_in_a_check_says_that_it_begins_anew(monkeypatch, capsys, tmp_path):

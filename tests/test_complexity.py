@@ -14,7 +14,12 @@ PUBLISHED = dict(tiny=4.47, small=8.65, base=15.28, hyperiqa=4.33)  # labelled "
 def run(tmp_path_factory):
     """One run on lite; counts of all models are in every run."""
     out = tmp_path_factory.mktemp("complexity")
-    folder = execute("complexity", dict(models="lite", repeats=2, crops=2, precisions="fp32", device="cpu", threads=1), out=out, echo=None)
+    folder = execute(
+        "complexity",
+        dict(models="lite", repeats=2, crops=2, precisions="fp32", device="cpu", threads=1),
+        out=out,
+        echo=None,
+    )
     return folder, json.loads((folder / "record.json").read_text())
 
 
@@ -44,16 +49,22 @@ def test_macs_near_the_published(counts, name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_explains_the_rest(run, name):
-    """Without attention's products, with the published order of the distortion vector and with elementwise operations: .2 %."""
+    """Without attention's products, with the published order of the distortion vector and with elementwise operations:
+    .2 %."""
     way = next(r for r in run[1]["ways"] if r["model"] == name)
     assert way["together"] == pytest.approx(PUBLISHED[name], rel=0.002)
     assert (way["- attention"] < -0.05) == (name != "hyperiqa")  # a ResNet has no attention to miss
-    assert way["together"] == pytest.approx(way["all MACs"] + way["- attention"] + way["+ published order"] + way["+ elements"])
+    assert way["together"] == pytest.approx(
+        way["all MACs"] + way["- attention"] + way["+ published order"] + way["+ elements"]
+    )
 
 
 def test_swin_tiny_by_hand(counts):
-    """Window attention of Swin-Tiny by the formula of its paper, 2 M^2 h w C a block; and the gate, two linear layers."""
-    by_hand = sum(blocks * 2 * 49 * side**2 * c for blocks, side, c in zip((2, 2, 6, 2), (56, 28, 14, 7), (96, 192, 384, 768)))
+    """Window attention of Swin-Tiny by the formula of its paper, 2 M^2 h w C a block; and the gate, two linear
+    layers."""
+    by_hand = sum(
+        blocks * 2 * 49 * side**2 * c for blocks, side, c in zip((2, 2, 6, 2), (56, 28, 14, 7), (96, 192, 384, 768))
+    )
     assert counts["tiny"]["attention"] == by_hand
     gate = 768 * 256 + 256 * 4
     assert counts["tiny"]["torch"] - counts["tiny-nogate"]["torch"] == gate

@@ -28,9 +28,14 @@ REFUSED = {
     "not a number": (dict(clip=float("nan")), "clip=nan: choose a number, 0 or more"),
     "choice": (dict(schedule="linear"), "schedule='linear': choose one of cosine, step, constant, hyperiqa"),
     "near choice": (dict(on_error="raises"), "on_error='raises': choose one of raise, skip; did you mean raise?"),
-    "choice or file": (dict(split="offical"), "split='offical': choose one of official, paper, random, none or a .csv file; "
-                                              "did you mean official?"),
-    "two at once": (dict(lr=-1, fit="long"), "fit='long': choose one of short, squash\nlr=-1: choose a number, above 0"),
+    "choice or file": (
+        dict(split="offical"),
+        "split='offical': choose one of official, paper, random, none or a .csv file; did you mean official?",
+    ),
+    "two at once": (
+        dict(lr=-1, fit="long"),
+        "fit='long': choose one of short, squash\nlr=-1: choose a number, above 0",
+    ),
     "together": (dict(crop=512), "crop=512 is larger than the short side size=384: raise size or lower crop"),
 }
 

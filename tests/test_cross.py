@@ -17,7 +17,13 @@ from smart_iqa.lab.compare import compare_cells, cross_cells, summarise
 from smart_iqa.lab.runs import find_notebook, read_run
 from smart_iqa.metrics import compare, evaluate_runs, holm, plcc, srcc
 
-LABELS = pd.DataFrame(dict(image=[f"t{i:02d}.png" for i in range(40)], score=np.random.default_rng(1).uniform(5, 95, 40).round(2), split="test"))
+LABELS = pd.DataFrame(
+    dict(
+        image=[f"t{i:02d}.png" for i in range(40)],
+        score=np.random.default_rng(1).uniform(5, 95, 40).round(2),
+        split="test",
+    )
+)
 
 
 def write_run(folder: Path, predictions: pd.DataFrame, config: dict | None = None, **record) -> Path:
@@ -27,7 +33,10 @@ def write_run(folder: Path, predictions: pd.DataFrame, config: dict | None = Non
     predictions.to_csv(folder / "predictions.csv", index=False)
     write_json(folder / "config.json", config or dict(dataset="csv"))
     write_json(folder / "environment.json", {})
-    write_json(folder / "record.json", dict(run_id=folder.name, method="m", dataset="csv", note="", **summarise(predictions, n_boot=10)) | record)
+    write_json(
+        folder / "record.json",
+        dict(run_id=folder.name, method="m", dataset="csv", note="", **summarise(predictions, n_boot=10)) | record,
+    )
     return folder
 
 
@@ -52,7 +61,7 @@ def predictions_of(cells, key) -> np.ndarray:
     return np.stack([r["predictions"].sort_values("image").pred for r in cells[key]])
 
 
-# -- the numbers ---------------------------------------------------------------------------------------------------------
+# -- the numbers -------------------------------------------------------------------------------------------------------
 def test_cells_are_the_metrics(grid):
     """Every number of a cell is `evaluate_runs` on the predictions, and the point is the plain mean over seeds."""
     cells = load(grid)
@@ -64,7 +73,11 @@ def test_cells_are_the_metrics(grid):
         assert np.isclose(table.srcc[model], np.mean([srcc(x, score) for x in p])) and np.isclose(
             table.plcc[model], np.mean([plcc(x, score) for x in p])
         )
-        assert table.srcc_low[model] < table.srcc[model] < table.srcc_high[model] and table.n[model] == 40 and table.n_runs[model] == 2
+        assert (
+            table.srcc_low[model] < table.srcc[model] < table.srcc_high[model]
+            and table.n[model] == 40
+            and table.n_runs[model] == 2
+        )
 
 
 def test_text_tables_show_these_numbers(grid):
@@ -76,7 +89,9 @@ def test_text_tables_show_these_numbers(grid):
         for value in table[metric]:
             assert all(f"{value:.{digits}f}" in t for t in texts), metric
     interval = f"{table.srcc[0]:.3f} [{table.srcc_low[0]:.3f}, {table.srcc_high[0]:.3f}]"
-    assert interval in figures.markdown(figures.cross_wide(table)) and f"sharp & {interval}" in figures.booktabs(figures.cross_wide(table))
+    assert interval in figures.markdown(figures.cross_wide(table)) and f"sharp & {interval}" in figures.booktabs(
+        figures.cross_wide(table)
+    )
     assert np.allclose(pd.read_csv(__import__("io").StringIO(table.to_csv(index=False))).srcc, table.srcc)
 
 
@@ -110,7 +125,9 @@ def test_a_changed_prediction_changes_the_table(grid):
     after = cross_cells(load(grid), n_boot=0).set_index("model")
     assert after.rmse["blunt"] != before.rmse["blunt"] and after.srcc["blunt"] != before.srcc["blunt"]
     assert after.loc["sharp"].equals(before.loc["sharp"])
-    assert figures.markdown(figures.cross_wide(after.reset_index(), "rmse")) != figures.markdown(figures.cross_wide(before.reset_index(), "rmse"))
+    assert figures.markdown(figures.cross_wide(after.reset_index(), "rmse")) != figures.markdown(
+        figures.cross_wide(before.reset_index(), "rmse")
+    )
 
 
 def test_a_record_that_contradicts_its_predictions_is_refused(grid):
@@ -124,7 +141,8 @@ def test_a_record_that_contradicts_its_predictions_is_refused(grid):
 
 
 def test_the_paired_test_is_compare(grid):
-    """Differences, intervals and p-values are `metrics.compare` on the same pictures; p_holm is `metrics.holm` over all rows."""
+    """Differences, intervals and p-values are `metrics.compare` on the same pictures; p_holm is `metrics.holm` over all
+    rows."""
     cells = load(grid)
     score = LABELS.sort_values("image").score
     pairs = [("pets", "sharp", "blunt"), ("pets", "blunt", ("sharp", "blunt"))]
@@ -167,27 +185,43 @@ def test_left_out_pictures_count_for_no_model(grid):
     table = cross_cells(cells, leave, n_boot=0)
     kept = LABELS[~LABELS.image.isin(leave["pets"])].sort_values("image")
     p = [r["predictions"].set_index("image").pred[kept.image] for r in cells["blunt", "pets"]]
-    assert table.n.tolist() == [38, 38] and np.isclose(table.set_index("model").srcc["blunt"], np.mean([srcc(x, kept.score) for x in p]))
+    assert table.n.tolist() == [38, 38] and np.isclose(
+        table.set_index("model").srcc["blunt"], np.mean([srcc(x, kept.score) for x in p])
+    )
     assert compare_cells(cells, [("pets", "sharp", "blunt")], leave, n_boot=20).n[0] == 38
 
 
 def test_published_stays_apart(grid):
     """Published numbers are in a panel of their own, hatched, and are exactly those of the file."""
-    table, told = cross_cells(load(grid), n_boot=0), figures.published_table(tables=("smart-paper",)).query("dataset != trained_on")
+    table, told = (
+        cross_cells(load(grid), n_boot=0),
+        figures.published_table(tables=("smart-paper",)).query("dataset != trained_on"),
+    )
     ours, theirs = figures.cross_heatmap(table, published=told).axes
-    assert sorted(t.get_text() for t in theirs.texts) == sorted(f"{v:.4f}" for v in told.srcc) and all(p.get_hatch() for p in theirs.patches)
-    assert not any(p.get_hatch() for p in ours.patches) and [t.get_text().split("\n")[0] for t in ours.texts] == [f"{v:.3f}" for v in table.srcc]
-    assert "published" in theirs.get_title(loc="left") and "not measured here" in theirs.get_title(loc="left") and len(told) == 6
+    assert sorted(t.get_text() for t in theirs.texts) == sorted(f"{v:.4f}" for v in told.srcc) and all(
+        p.get_hatch() for p in theirs.patches
+    )
+    assert not any(p.get_hatch() for p in ours.patches) and [t.get_text().split("\n")[0] for t in ours.texts] == [
+        f"{v:.3f}" for v in table.srcc
+    ]
+    assert (
+        "published" in theirs.get_title(loc="left")
+        and "not measured here" in theirs.get_title(loc="left")
+        and len(told) == 6
+    )
 
 
-# -- the notebook ----------------------------------------------------------------------------------------------------------
+# -- the notebook ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory):
-    """A set of two domains, 30 pictures each, of which 14 are for the test; one test picture of b is a training picture of a again."""
+    """A set of two domains, 30 pictures each, of which 14 are for the test; one test picture of b is a training picture
+    of a again."""
     root = tmp_path_factory.mktemp("domains")
     rows = [
         dict(
-            image=f"{d}_{k:02d}.png", score=float(np.round(5 + 3 * k - 0.5 * (d == "b"), 2)), split="train" if k < 12 else "val" if k < 16 else "test"
+            image=f"{d}_{k:02d}.png",
+            score=float(np.round(5 + 3 * k - 0.5 * (d == "b"), 2)),
+            split="train" if k < 12 else "val" if k < 16 else "test",
         )
         for d in "ab"
         for k in range(30)
@@ -199,7 +233,8 @@ def domains(tmp_path_factory):
 
 
 def run_notebook(monkeypatch, tmp_path, root, harm=None, **given) -> Path:
-    """The notebook's own cells in this process; instead of training and scoring, runs are written as those notebooks would."""
+    """The notebook's own cells in this process; instead of training and scoring, runs are written as those notebooks
+    would."""
     labels = pd.read_csv(root / "labels.csv")
 
     def execute(experiment, parameters, out, batch, name):
@@ -212,7 +247,12 @@ def run_notebook(monkeypatch, tmp_path, root, harm=None, **given) -> Path:
             part[["image", "split"]].to_csv(folder / "splits.csv", index=False)
         else:
             near = 8 if made["include"] == cfg.include else 25  # elsewhere it is worse
-            write_run(folder, guess(near, cfg.seed, part[part.split == "test"]), asdict(cfg), checkpoint=str(parameters["checkpoint"]))
+            write_run(
+                folder,
+                guess(near, cfg.seed, part[part.split == "test"]),
+                asdict(cfg),
+                checkpoint=str(parameters["checkpoint"]),
+            )
         if harm:
             harm(folder)
         return folder
@@ -253,11 +293,22 @@ def test_notebook_from_records_to_tables(monkeypatch, tmp_path, domains):
     folder = run_notebook(monkeypatch, tmp_path, domains)
     run = read_run(folder)
     cells, gaps = pd.DataFrame(run["cells"]), pd.DataFrame(run["gaps"])
-    assert run["left_out"] == {"a": [], "b": ["b_20.png"]} and cells.n.tolist() == [14, 14, 13, 13]  # it is a_03.png again
+    assert run["left_out"] == {"a": [], "b": ["b_20.png"]} and cells.n.tolist() == [
+        14,
+        14,
+        13,
+        13,
+    ]  # it is a_03.png again
     assert cells.own.tolist() == [True, False, False, True] and (cells.n_runs == 2).all()
     runs = folder.parent
     own, other = (
-        np.stack([read_run(runs / f"trained-on-{d}-on-b-{k}")["predictions"].query("image != 'b_20.png'").pred for k in range(2)]) for d in "ba"
+        np.stack(
+            [
+                read_run(runs / f"trained-on-{d}-on-b-{k}")["predictions"].query("image != 'b_20.png'").pred
+                for k in range(2)
+            ]
+        )
+        for d in "ba"
     )
     labels = read_run(runs / "trained-on-b-on-b-0")["predictions"].query("image != 'b_20.png'")
     told = compare(own, other, labels.score, n_boot=200)
@@ -269,15 +320,17 @@ def test_notebook_from_records_to_tables(monkeypatch, tmp_path, domains):
     )
     each = [srcc(x, labels.score) - srcc(y, labels.score) for x, y in zip(own, other)]
     assert at_b["each seed"] == ", ".join(f"{v:+.3f}" for v in each) and np.isclose(np.mean(each), at_b["diff"])
-    text, tex = ("".join(p.read_text() for p in sorted((folder / "tables").glob(f"*.{kind}"))) for kind in ("md", "tex"))
+    text, tex = (
+        "".join(p.read_text() for p in sorted((folder / "tables").glob(f"*.{kind}"))) for kind in ("md", "tex")
+    )
     for r in cells.itertuples():
         shown = f"{r.srcc:.3f} [{r.srcc_low:.3f}, {r.srcc_high:.3f}]" + " (own)" * r.own
         assert shown in text and shown in tex
     assert np.allclose(pd.read_csv(folder / "tables" / "cross_srcc.csv").srcc, cells.srcc)
     assert np.allclose(pd.read_csv(folder / "tables" / "cross_gaps.csv")["diff"], gaps["diff"])
-    assert f"{at_b['diff']:+.3f} [{at_b.low:+.3f}, {at_b.high:+.3f}]" in text and tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == len(
-        list((folder / "tables").glob("*.md"))
-    )
+    assert f"{at_b['diff']:+.3f} [{at_b.low:+.3f}, {at_b.high:+.3f}]" in text and tex.count(
+        r"\begin{tabular}"
+    ) == tex.count(r"\end{tabular}") == len(list((folder / "tables").glob("*.md")))
     assert {p.name for p in (folder / "figures").iterdir()} == {"cross.pdf", "cross.png", "gaps.pdf", "gaps.png"}
 
 
@@ -288,11 +341,16 @@ def test_notebook_follows_the_records(monkeypatch, tmp_path, domains):
         if folder.name == "trained-on-a-on-b-1":
             p = pd.read_csv(folder / "predictions.csv")
             write_run(
-                folder, p.assign(pred=-p.pred), read_run(folder)["config"], checkpoint=json.loads((folder / "record.json").read_text())["checkpoint"]
+                folder,
+                p.assign(pred=-p.pred),
+                read_run(folder)["config"],
+                checkpoint=json.loads((folder / "record.json").read_text())["checkpoint"],
             )
 
     plain, spoilt = (
-        pd.read_csv(run_notebook(monkeypatch, tmp_path / n, domains, harm) / "tables" / "cross_srcc.csv").set_index(["model", "set"])
+        pd.read_csv(run_notebook(monkeypatch, tmp_path / n, domains, harm) / "tables" / "cross_srcc.csv").set_index(
+            ["model", "set"]
+        )
         for n, harm in (("x", None), ("y", spoil))
     )
     changed = plain.index[(plain.srcc != spoilt.srcc)]
@@ -303,15 +361,35 @@ def test_notebook_compares_checkpoints(monkeypatch, tmp_path, domains):
     """Named checkpoints are compared with the one that is named, Holm-corrected over models and sets."""
     run_notebook(monkeypatch, tmp_path, domains)
     made = {d: str(tmp_path / "outputs" / "cross" / f"{d}-s0") for d in "ab"}
-    sets = {n: dict(dataset="csv", root=str(domains), labels="labels.csv", score_range="0,100", split="official", include=f"{n}_*") for n in "ab"}
+    sets = {
+        n: dict(
+            dataset="csv",
+            root=str(domains),
+            labels="labels.csv",
+            score_range="0,100",
+            split="official",
+            include=f"{n}_*",
+        )
+        for n in "ab"
+    }
     folder = run_notebook(
-        monkeypatch, tmp_path / "two", domains, domains={}, checkpoints=dict(first=made["a"], second=made["b"]), sets=sets, against="second"
+        monkeypatch,
+        tmp_path / "two",
+        domains,
+        domains={},
+        checkpoints=dict(first=made["a"], second=made["b"]),
+        sets=sets,
+        against="second",
     )
     compared = pd.DataFrame(read_run(folder)["compared"])
-    assert compared[["set", "a", "b"]].values.tolist() == [["a", "first", "second"], ["b", "first", "second"]] and np.allclose(
-        compared.p_holm, holm(compared.p)
+    assert compared[["set", "a", "b"]].values.tolist() == [
+        ["a", "first", "second"],
+        ["b", "first", "second"],
+    ] and np.allclose(compared.p_holm, holm(compared.p))
+    assert (
+        compared["diff"][0] > 0 > compared["diff"][1]
+        and "Against second" in (folder / "tables" / "cross_against.md").read_text()
     )
-    assert compared["diff"][0] > 0 > compared["diff"][1] and "Against second" in (folder / "tables" / "cross_against.md").read_text()
 
 
 def test_notebook_refuses(monkeypatch, tmp_path, domains):
@@ -327,10 +405,13 @@ def test_notebook_refuses(monkeypatch, tmp_path, domains):
 
 @pytest.mark.slow
 def test_notebook_trains_and_tests_on_the_demo_set(tmp_path, monkeypatch):
-    """The real thing, smallest: two kinds of damage, one seed, trained, evaluated and told by papermill; the second call starts nothing."""
+    """The real thing, smallest: two kinds of damage, one seed, trained, evaluated and told by papermill; the second
+    call starts nothing."""
     from smart_iqa.lab.runs import execute
 
-    small = dict(pretrained="none", size=64, crop=64, epochs=1, train_crops=1, val_crops=1, test_crops=1, batch_size=8, amp="off")
+    small = dict(
+        pretrained="none", size=64, crop=64, epochs=1, train_crops=1, val_crops=1, test_crops=1, batch_size=8, amp="off"
+    )
     given = dict(
         profile="demo",
         seeds="0",
@@ -343,7 +424,12 @@ def test_notebook_trains_and_tests_on_the_demo_set(tmp_path, monkeypatch):
     folder = execute("cross_dataset", given, out=tmp_path, batch="cross", echo=None)
     run = read_run(folder)
     cells = pd.DataFrame(run["cells"])
-    assert len(cells) == 4 and (cells.n == 15).all() and "rendered demo set" in run["note"].lower() and (cells.resampled == "nothing").all()
+    assert (
+        len(cells) == 4
+        and (cells.n == 15).all()
+        and "rendered demo set" in run["note"].lower()
+        and (cells.resampled == "nothing").all()
+    )
     for r in cells.itertuples():
         p = read_run(folder.parent / run["runs"][f"{r.model} on {r.set}"][0])["predictions"]
         assert np.isclose(srcc(p.pred, p.score), r.srcc) and p.image.str.contains(f"-{r.set}-").all()

@@ -18,8 +18,22 @@ from smart_iqa.demo import DEMO_NOTE
 from smart_iqa.lab.runs import RunError, execute, read_run
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
-SMALL = dict(profile="demo", limit=24, epochs=3, train_crops=1, val_crops=1, test_crops=1, batch_size=8, crop=64, size=64, amp="off",
-             baseline=False, pretrained="none", checkpoint_minutes=0.0, threads=1)
+SMALL = dict(
+    profile="demo",
+    limit=24,
+    epochs=3,
+    train_crops=1,
+    val_crops=1,
+    test_crops=1,
+    batch_size=8,
+    crop=64,
+    size=64,
+    amp="off",
+    baseline=False,
+    pretrained="none",
+    checkpoint_minutes=0.0,
+    threads=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +46,13 @@ def cache(tmp_path_factory):
 def demo(tmp_path_factory, cache):
     """`smart-iqa demo`, as the README's first command runs it: its output and its folder of runs."""
     out = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([*COMMAND, "demo", "--out", str(out)], capture_output=True, text=True, timeout=1200, env={**os.environ, "SMART_IQA_CACHE": cache})
+    done = subprocess.run(
+        [*COMMAND, "demo", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env={**os.environ, "SMART_IQA_CACHE": cache},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, out
 
@@ -46,11 +66,19 @@ def test_demo_prints_where_things_are(demo):
 
 
 def test_demo_record(demo):
-    """The record holds what the design promises, and the model learned: test SRCC well above chance on scenes it never saw."""
+    """The record holds what the design promises, and the model learned: test SRCC well above chance on scenes it never
+    saw."""
     folder = next(demo[1].glob("demo/*/"))
     run = read_run(folder)
-    assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.jsonl", "predictions.csv", "checkpoint.safetensors", "environment.json",
-                                                  "figures", "run.ipynb"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "predictions.csv",
+        "checkpoint.safetensors",
+        "environment.json",
+        "figures",
+        "run.ipynb",
+    }
     assert not (folder / "resume.pt").exists()
     assert run["parts"]["test"]["srcc"] > 0.6 and run["note"] == DEMO_NOTE
     assert run["best_epoch"] == run["history"].set_index("epoch").val_srcc.idxmax()
@@ -73,8 +101,14 @@ def test_a_finished_run_is_skipped(demo, cache):
     """The same command again trains nothing."""
     record = next(demo[1].glob("demo/*/record.json"))
     before = record.stat().st_mtime_ns
-    again = subprocess.run([*COMMAND, "demo", "--out", str(demo[1])], capture_output=True, text=True, timeout=300, env={**os.environ, "SMART_IQA_CACHE": cache})
-    assert again.returncode == 0 and "finished before" in again.stdout and record.stat().st_mtime_ns == before
+    again = subprocess.run(
+        [*COMMAND, "demo", "--out", str(demo[1])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "SMART_IQA_CACHE": cache},
+    )
+    assert again.returncode == 0 and "already finished" in again.stdout and record.stat().st_mtime_ns == before
 
 
 def test_evaluate_reproduces_the_run(demo, cache, tmp_path):
@@ -94,7 +128,8 @@ def test_evaluate_refuses_pictures_that_the_model_has_seen(demo, cache, tmp_path
 
 
 def test_the_baseline_notebook_repeats_the_runs_own_baseline(demo, cache, tmp_path):
-    """The ridge beside a finished run is the one that the run made itself, and the model's predictions stay as they were."""
+    """The ridge beside a finished run is the one that the run made itself, and the model's predictions stay as they
+    were."""
     folder = next(demo[1].glob("demo/*/"))
     done = execute("baseline", dict(run=str(folder), cache=cache), out=tmp_path, echo=None)
     a, b = read_run(folder)["predictions"], read_run(done)["predictions"]
@@ -104,7 +139,11 @@ def test_the_baseline_notebook_repeats_the_runs_own_baseline(demo, cache, tmp_pa
 def test_two_scenes_give_no_interval(demo):
     """The demo's test part has two photographs: its record claims no interval and no significance."""
     run = read_run(next(demo[1].glob("demo/*/")))
-    assert run["parts"]["test"]["resampled"] == "nothing" and "srcc_low" not in run["parts"]["test"] and "test" not in run["comparison"]
+    assert (
+        run["parts"]["test"]["resampled"] == "nothing"
+        and "srcc_low" not in run["parts"]["test"]
+        and "test" not in run["comparison"]
+    )
 
 
 def test_runs_are_listed(demo):
@@ -115,13 +154,19 @@ def test_runs_are_listed(demo):
 
 def test_a_wrong_parameter_is_an_error_before_anything_starts(tmp_path):
     """Papermill only logs unknown parameters; a misspelt learning rate must not train with the default."""
-    done = subprocess.run([*COMMAND, "run", "train", "learning_rat=1", "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*COMMAND, "run", "train", "learning_rat=1", "--out", str(tmp_path / "o")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and "learning_rat" in done.stderr and not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow  # test_batches and test_invariances ask the same of smaller runs
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
-    """kill -9 of the launcher and its kernel in the middle of training; the same call then ends as an undisturbed run does."""
+    """kill -9 of the launcher and its kernel in the middle of training; the same call then ends as an undisturbed run
+    does."""
     settings = SMALL | dict(cache=cache, epochs=40)
     words = [f"{k}={v}" for k, v in settings.items()]
     whole = execute("train", settings, out=tmp_path / "whole", echo=None)
@@ -133,10 +178,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    assert (killed / "resume.pt").exists() and not (killed / "record.json").exists(), "the kill came too late to test anything"
+    assert (killed / "resume.pt").exists() and not (killed / "record.json").exists(), (
+        "the kill came too late to test anything"
+    )
     time.sleep(3)  # an orphaned kernel notices within a second that its parent is gone
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and "going on" in again.stdout, again.stderr
+    assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
     a, b = (load_file(f / "checkpoint.safetensors") for f in (whole, killed))
     assert all((a[k] == b[k]).all() for k in a)
     pd.testing.assert_frame_equal(read_run(whole)["predictions"], read_run(killed)["predictions"])
@@ -147,22 +194,44 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, cache):
 def test_a_failing_run_says_why(tmp_path, cache):
     """A loss that explodes: the error names epoch and setting, the executed notebook is kept, no record is written."""
     with pytest.raises(RunError, match="lower lr"):
-        execute("train", SMALL | dict(cache=cache, lr=1e30, clip=0.0, schedule="constant", warmup=0.0, name="explodes"), out=tmp_path, echo=None)
+        execute(
+            "train",
+            SMALL | dict(cache=cache, lr=1e30, clip=0.0, schedule="constant", warmup=0.0, name="explodes"),
+            out=tmp_path,
+            echo=None,
+        )
     assert not list(tmp_path.glob("*/*/record.json")) and list(tmp_path.glob("*/*/run.ipynb"))
 
 
 def test_the_wheel_carries_notebooks_and_data(tmp_path):
     """An installed wheel can run experiments: they, and the published results, are in it."""
     root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(root)], check=True, timeout=600)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(root)],
+        check=True,
+        timeout=600,
+    )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for wanted in ("smart_iqa/experiments/train.ipynb", "smart_iqa/experiments/evaluate.ipynb", "smart_iqa/data_files/published.csv", "smart_iqa/model.py"):
+    for wanted in (
+        "smart_iqa/experiments/train.ipynb",
+        "smart_iqa/experiments/evaluate.ipynb",
+        "smart_iqa/data_files/published.csv",
+        "smart_iqa/model.py",
+    ):
         assert wanted in names
-    assert json.loads(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).read("smart_iqa/experiments/train.ipynb"))["nbformat"] == 4
+    assert (
+        json.loads(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).read("smart_iqa/experiments/train.ipynb"))["nbformat"]
+        == 4
+    )
 
 
 def test_the_readme_one_liner():
     """89,111,941 parameters, without network or weights."""
     code = ("from smart_iqa import SmartIQA; m=SmartIQA(model_size='base',use_attention=True,pretrained=False); "
             "print(sum(p.numel() for p in m.parameters()))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.strip() == "89111941"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+        ).stdout.strip()
+        == "89111941"
+    )

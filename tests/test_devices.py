@@ -1,4 +1,6 @@
-"""Training in two real processes against one: loss curves, predictions, resuming, and what happens when one is killed."""
+"""Training in two real processes against one: loss curves, predictions, resuming, and what happens when one is
+killed."""
+
 import json
 import socket
 import subprocess
@@ -16,12 +18,12 @@ from smart_iqa import training
 from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
-from smart_iqa.devices import Devices
+from smart_iqa.devices import Devices, own_device
 from smart_iqa.files import read_lines
 from smart_iqa.frozen import FrozenFeed
-from smart_iqa.lab.runs import execute, fit_together, is_held, open_run
+from smart_iqa.lab.runs import execute, is_held, open_run
 from smart_iqa.model import load_checkpoint
-from smart_iqa.training import CropFeed, Solver, TrainingError, make_model, predict, save_resume_point
+from smart_iqa.training import CropFeed, Solver, make_model, predict, save_resume_point
 
 pytest.importorskip("accelerate")
 CASES = {  # 25 training pictures in batches of 8: the last batch of one picture leaves one process without any
@@ -65,8 +67,16 @@ devices.leave()
 
 
 def opened(folder, standin, **values):
-    """A run folder that is open: a small backbone without batch norms, and no dropout (the gate has one), for each process draws its own."""
-    given = dict(backbone="test_convnext", use_attention=False, dropout=0.0, drop_path=0.0, epochs=2, cache=str(standin / "cache"))
+    """A run folder that is open: a small backbone without batch norms, and no dropout (the gate has one), for each
+    process draws its own."""
+    given = dict(
+        backbone="test_convnext",
+        use_attention=False,
+        dropout=0.0,
+        drop_path=0.0,
+        epochs=2,
+        cache=str(standin / "cache"),
+    )
     cfg = small_config(standin, **given | values)
     open_run(folder, cfg, load_set(cfg), keep=False)
     return folder
@@ -78,7 +88,9 @@ def alone(folder, batches=None):
     found = load_set(cfg)
     cache = build_cache(found, cfg.size, cfg.fit, cfg.cache)
     model = make_model(cfg, float(found.part("train").score.mean()))
-    feed = (FrozenFeed if cfg.frozen else CropFeed)(*([model] if cfg.frozen else []), cache, found.table, cfg, torch.device("cpu"))
+    feed = (FrozenFeed if cfg.frozen else CropFeed)(
+        *([model] if cfg.frozen else []), cache, found.table, cfg, torch.device("cpu")
+    )
     solver = Solver(model, feed, cfg, folder)
     if batches:
         whole, seen = feed.train_batches, [0]
@@ -99,22 +111,39 @@ def alone(folder, batches=None):
 
 
 def curve(folder):
-    return read_lines(folder / "metrics.jsonl")[["epoch", "train_loss", "val_srcc", "val_plcc", "lr_backbone", "lr_head"]].to_numpy(float)
+    return read_lines(folder / "metrics.jsonl")[
+        ["epoch", "train_loss", "val_srcc", "val_plcc", "lr_backbone", "lr_head"]
+    ].to_numpy(float)
 
 
-def start(*words, processes=2, launcher="torchrun"):
+def command(*words, processes=2, launcher="torchrun"):
+    """The command line that trains in several processes of this machine."""
+    line = dict(
+        torchrun=["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
+        accelerate=[
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            f"--num_processes={processes}",
+            "--num_machines=1",
+            "--mixed_precision=bf16",
+            "--dynamo_backend=no",
+            "--main_process_port=0",
+        ],
+    )
+    return [sys.executable, "-m", *line[launcher], *map(str, words)]
+
+
+def start(*words, **options):
     """Several processes, to their end; what they printed."""
-    line = dict(torchrun=["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
-                accelerate=["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1",
-                            "--mixed_precision=bf16", "--dynamo_backend=no", "--main_process_port=0"])
-    done = subprocess.run([sys.executable, "-m", *line[launcher], *map(str, words)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command(*words, **options), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, standin):
-    """Every case by one process and by two, all in one launch by Accelerate; among them a run that one process began, and one stopped in its second epoch."""
+    """Every case by one process and by two, all in one launch by Accelerate; among them a run that one process began,
+    and one stopped in its second epoch."""
     root, each = tmp_path_factory.mktemp("devices"), dict(checkpoint_minutes=0.0)
     more = dict(norms=dict(backbone="test_efficientnet"), begun=CASES["l1"] | each, stopped=CASES["l1"] | each)
     two = {n: opened(root / "two" / n, standin, **v) for n, v in (CASES | more).items()}
@@ -153,7 +182,9 @@ def test_learning_batch_norms_are_said(pairs):
     """Once in the output and in the run's environment; where there are none, nothing is said."""
     root, said = pairs
     norms, none = (json.loads((root / "two" / n / "environment.json").read_text()) for n in ("norms", "l1"))
-    assert said.count("batch norms learn") == 1 and "freeze_batchnorm" in norms["batch_norms"] and norms["processes"] == 2
+    assert (
+        said.count("batch norms learn") == 1 and "freeze_batchnorm" in norms["batch_norms"] and norms["processes"] == 2
+    )
     assert "batch_norms" not in none and none["processes"] == 2
     assert "processes" not in json.loads((root / "one" / "l1" / "environment.json").read_text())
 
@@ -182,32 +213,29 @@ def wait_for(what, seconds=120):
 
 
 def test_killed_processes(pairs, standin):
-    """kill -9 of one of two ends the launch, with a clear error; kill -9 of who launched them ends them; the same call goes on each time."""
-    values = CASES["l1"] | dict(processes=2, threads=1, epochs=40, schedule="constant", checkpoint_minutes=0.0)
+    """kill -9 of one of two ends the launch, which names the signal; kill -9 of torchrun ends both; the same line
+    resumes the run each time."""
+    values = CASES["l1"] | dict(threads=1, epochs=40, schedule="constant", checkpoint_minutes=0.0)
     folder = opened(pairs[0] / "killed", standin, **values)
-    journal, line = folder / "metrics.jsonl", f"""
-import json
-from smart_iqa.config import make_config
-from smart_iqa.lab.runs import fit_together
-fit_together({str(folder)!r}, make_config(**json.load(open({str(folder / "config.json")!r}))))"""
+    journal = folder / "metrics.jsonl"
 
     def launched(epochs):
         """A launch that has trained so many epochs more, and its two processes."""
         before = len(read_lines(journal))
-        parent = subprocess.Popen([sys.executable, "-c", line], stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: len(read_lines(journal)) >= before + epochs or parent.poll() is not None)
-        below = [p for p in psutil.Process(parent.pid).children(recursive=True) if "torch.distributed.run" not in p.cmdline()]
-        assert len(below) == 2 and is_held(folder)
-        return parent, below
+        torchrun = subprocess.Popen(command("-m", "smart_iqa.lab.runs", folder), stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(read_lines(journal)) >= before + epochs or torchrun.poll() is not None)
+        both = psutil.Process(torchrun.pid).children(recursive=True)
+        assert len(both) == 2 and is_held(folder)
+        return torchrun, both
 
-    parent, both = launched(1)
+    torchrun, both = launched(1)
     both[1].kill()
-    error = parent.communicate(timeout=60)[1]
-    assert parent.returncode == 1 and "KilledError" in error and str(folder) in error and "signal 9" in error and "go on" in error
-    assert not psutil.wait_procs(both, timeout=3)[1]
-    parent, both = launched(2)
-    parent.kill()
-    parent.wait()
+    error = torchrun.communicate(timeout=60)[1]
+    assert torchrun.returncode == 1 and "Signal 9 (SIGKILL)" in error
+    assert not psutil.wait_procs(both, timeout=3)[1] and not is_held(folder)
+    torchrun, both = launched(2)
+    torchrun.kill()
+    torchrun.wait()
     assert not psutil.wait_procs(both, timeout=3)[1] and not is_held(folder)
     done = len(read_lines(journal))
     assert 3 <= done < 40, "the kill came too late to test anything"
@@ -216,47 +244,114 @@ fit_together({str(folder)!r}, make_config(**json.load(open({str(folder / "config
     assert np.allclose(curve(folder)[:done], curve(whole)[:done], rtol=1e-4, atol=1e-4)
 
 
+def failing(*words):
+    """The errors of a launch that fails."""
+    done = subprocess.run(command("-m", "smart_iqa.lab.runs", *words), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    return done.stderr
+
+
 def test_the_error_says_what_a_process_said(pairs, standin):
     """A diverging run ends both processes, with the sentence that one process alone would have said."""
-    folder = opened(pairs[0] / "diverges", standin, **CASES["l1"] | dict(processes=2, threads=1, lr=1e30, clip=0.0))
-    with pytest.raises(TrainingError, match="lower lr.*\n.*fit.log") as e:
-        fit_together(folder, make_config(**json.loads((folder / "config.json").read_text())))
-    assert str(folder) in str(e.value)
+    folder = opened(pairs[0] / "diverges", standin, **CASES["l1"] | dict(threads=1, lr=1e30, clip=0.0))
+    error = failing(folder)
+    assert "Diverged: " in error and "lower lr" in error and str(folder) in error and not is_held(folder)
+
+
+def test_a_held_folder_is_refused(pairs, standin):
+    """Two launches do not train one run: the second says why, and changes nothing."""
+    folder = opened(pairs[0] / "held", standin, **CASES["l1"])
+    hold = (
+        "import sys; from smart_iqa.lab.runs import hold_by_hand; hold_by_hand(sys.argv[1]); "
+        "print('here', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "here\n"
+    error = failing(folder)
+    assert "Busy: " in error and "another process works here" in error and not (folder / "metrics.jsonl").exists()
+    other.kill()
+    other.wait()
 
 
 @pytest.mark.slow
-def test_the_notebook_trains_in_two_processes(tmp_path, standin):
-    """`train` with processes=2 is the run that it is with one, under the same name; and so by torchrun with the parameters, on two machines of one process."""
-    given = dict(dataset="csv", root=str(standin), labels="labels.csv", score_range="0,100", backbone="test_convnext", use_attention=False, dropout=0.0,
-                 drop_path=0.0, pretrained="none", size=64, crop=64, train_crops=1, val_crops=2, test_crops=4, epochs=2, batch_size=8, patience=0, amp="off",
-                 device="cpu", group_duplicates=False, cache=str(tmp_path / "cache"), threads=2, loss="plcc", profile="lite", baseline=False)
-    one, two = (execute("train", given | dict(processes=n), out=tmp_path / str(n), echo=None) for n in (1, 2))
+def test_the_notebook_after_torchrun(tmp_path, standin):
+    """A run that torchrun trained, with its parameters, in two processes of one machine and of two: `train` then writes
+    the record that one process makes."""
+    given = dict(
+        dataset="csv",
+        root=str(standin),
+        labels="labels.csv",
+        score_range="0,100",
+        backbone="test_convnext",
+        use_attention=False,
+        dropout=0.0,
+        drop_path=0.0,
+        pretrained="none",
+        size=64,
+        crop=64,
+        train_crops=1,
+        val_crops=2,
+        test_crops=4,
+        epochs=2,
+        batch_size=8,
+        patience=0,
+        amp="off",
+        device="cpu",
+        group_duplicates=False,
+        cache=str(tmp_path / "cache"),
+        threads=2,
+        loss="plcc",
+        profile="lite",
+        baseline=False,
+    )
+
+    def words(out):
+        return [f"{k}={v}" for k, v in (given | dict(out=out)).items()]
+
+    start("-m", "smart_iqa.lab.runs", *words(tmp_path / "2"))
+    one, two = (execute("train", given, out=tmp_path / n, echo=None) for n in "12")
     records = [json.loads((f / "record.json").read_text()) for f in (one, two)]
     assert one.name == two.name and np.isclose(*(r["parts"]["test"]["srcc"] for r in records), atol=1e-4)
+    assert np.allclose(curve(two), curve(one), rtol=1e-4, atol=1e-4)
     assert json.loads((two / "environment.json").read_text())["processes"] == 2
-    words = [f"{k}={v}" for k, v in (given | dict(out=tmp_path / "3")).items()]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    lines = [[sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={k}", "--nproc-per-node=1", "--master-addr=127.0.0.1",
-              f"--master-port={port}", "-m", "smart_iqa.lab.runs", *words] for k in (0, 1)]
-    for p in [subprocess.Popen(w) for w in lines]:
+    lines = [
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node-rank={k}",
+            "--nproc-per-node=1",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+            "-m",
+            "smart_iqa.lab.runs",
+            *words(tmp_path / "3"),
+        ]
+        for k in (0, 1)
+    ]
+    for p in [subprocess.Popen(line) for line in lines]:
         assert p.wait(300) == 0
     assert np.allclose(curve(tmp_path / "3" / "runs" / one.name), curve(one), rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_be_launched(tmp_path, monkeypatch):
-    """In one sentence, before anything is started."""
+def test_what_cannot_be_launched(monkeypatch):
+    """In one sentence, before anything is trained."""
     with pytest.raises(ValueError, match="cuda"):
-        fit_together(tmp_path, make_config("lite", device="cuda:1", processes=2))
+        own_device("cuda:1", 1, 2)
+    with monkeypatch.context() as m, pytest.raises(ImportError, match="smart-iqa.batch"):
+        m.setitem(sys.modules, "accelerate", None)
+        Devices(0, 2, torch.device("cpu")).prepare(torch.nn.Linear(1, 1))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(RuntimeError, match="--multi_gpu"):
         Devices.of_launcher("cpu")
-    monkeypatch.setattr("smart_iqa.lab.runs.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="smart-iqa.batch"):
-        fit_together(tmp_path, make_config("lite", device="cpu", processes=2))
 
 
 def test_a_full_disk_leaves_no_part(standin, tmp_path, monkeypatch):
@@ -286,4 +381,6 @@ def test_a_clock_that_jumps(standin, tmp_path, monkeypatch):
     saved, save = [], training.save_resume_point
     monkeypatch.setattr(training, "save_resume_point", lambda solver: (saved.append(1), save(solver)))
     solver = alone(opened(tmp_path / "run", standin, epochs=1, checkpoint_minutes=0.0))
-    assert all(solver.history[0][k] >= 0 for k in ("seconds", "val_seconds")) and len(saved) == 5  # four steps and the epoch's end
+    assert (
+        all(solver.history[0][k] >= 0 for k in ("seconds", "val_seconds")) and len(saved) == 5
+    )  # four steps and the epoch's end

@@ -40,7 +40,7 @@ def toy(**arguments) -> Scorer:
     """A small network, taught to see noise: an untrained one scores every crop alike, and hides every fault."""
     torch.manual_seed(0)
     model = SmartIQA(backbone="test_efficientnet", dropout=0.0, **arguments)
-    for layer in getattr(model.hyper, "layers", []):
+    for layer in getattr(model.head.hyper, "layers", []):
         torch.nn.init.xavier_normal_(
             layer.weight, gain=4
         )  # torch's own start is nearly flat through five sigmoids, for longer than this
@@ -169,7 +169,7 @@ def test_wrong_numbers_are_not_kept(small, small_file, tmp_path):
     import onnx
 
     proto = onnx.load(small_file)
-    weight = next(i for i in proto.graph.initializer if i.name.startswith("model.hyper") and len(i.dims) == 4)
+    weight = next(i for i in proto.graph.initializer if i.name.startswith("model.head.hyper") and len(i.dims) == 4)
     changed = onnx.numpy_helper.to_array(weight) * 1.01
     weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
     onnx.save(proto, tmp_path / "changed.onnx")

@@ -1,4 +1,7 @@
-"""Hostile files, labels and checkpoints: each is read rightly, or refused by an error that names it. Never a wrong number."""
+"""Hostile files, labels and checkpoints: each is read rightly, or refused by an error that names it.
+
+Never a wrong number."""
+
 import io
 import json
 import os
@@ -30,7 +33,9 @@ from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_che
 from smart_iqa.sets import DataError
 from smart_iqa.training import Diverged, Solver, TrainingError, predict, save_resume_point
 
-as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
+as_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything"
+)
 
 
 def pixels(path) -> np.ndarray:
@@ -72,7 +77,9 @@ def test_16_bit_rgb(tmp_path):
 
     rows = b"".join(b"\0" + row.tobytes() for row in rgb)
     head = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
     assert np.abs(pixels(tmp_path / "x.png") - rgb.astype(int) / 257).max() <= 1
 
 
@@ -111,7 +118,15 @@ def test_half_transparency_is_half_white(tmp_path):
 def test_exif_orientation(orientation, kind, tmp_path):
     """A phone writes the sensor's rows and a tag; raters saw the upright picture."""
     upright = picture(5, 64, 40)
-    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    undo = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -126,7 +141,10 @@ def test_pictures_smaller_than_the_crop_are_enlarged(size, tmp_path):
     """A crop always lies inside: the short side is at least the crop, whatever came in."""
     img = resize(picture(0, *size), 64)
     assert min(img.size) == 64
-    for plan in (grid_plan(np.array([img.size[::-1]]), [0], 64, 20), random_plan(np.array([img.size[::-1]]), [0], 64, 50, 0)):
+    for plan in (
+        grid_plan(np.array([img.size[::-1]]), [0], 64, 20),
+        random_plan(np.array([img.size[::-1]]), [0], 64, 50, 0),
+    ):
         assert (plan.top >= 0).all() and (plan.left >= 0).all()
         assert (plan.top + 64 <= img.height).all() and (plan.left + 64 <= img.width).all()
 
@@ -218,14 +236,18 @@ def test_broken_picture_in_a_set(what, folder):
         assert list(images.skipped.image) == ["p3.png"] and "p3.png" in images.skipped.reason[0]
         assert "p3.png" not in set(images.table.image) and len(feed.cache) == len(images.table) == len(SPLITS) - 1
         assert list(feed.cache.index.image) == list(images.table.image)
-    with pytest.raises(DataError, match=r"p3\.png"):  # the cache of a skipping run does not hide the fault from a strict one
+    with pytest.raises(
+        DataError, match=r"p3\.png"
+    ):  # the cache of a skipping run does not hide the fault from a strict one
         prepare(small_config(folder))
 
 
 def test_broken_picture_does_not_stop_the_search_for_duplicates(folder):
     _break(folder / "p3.png", "text")
     images = load_set(small_config(folder, group_duplicates=True))
-    assert len(images.table) == len(SPLITS) and "p3.png" not in set(images.duplicates.image_a) | set(images.duplicates.image_b)
+    assert len(images.table) == len(SPLITS) and "p3.png" not in set(images.duplicates.image_a) | set(
+        images.duplicates.image_b
+    )
 
 
 def test_skipped_is_recorded_in_the_run(folder):
@@ -266,7 +288,8 @@ def test_all_pictures_unreadable(folder):
 
 
 def test_decoding_in_threads_leaves_warnings_alone(tmp_path):
-    """warnings.catch_warnings is not safe in threads: filters of one picture must not outlive it, nor hide later warnings."""
+    """warnings.catch_warnings is not safe in threads: filters of one picture must not outlive it, nor hide later
+    warnings."""
     for k, side in enumerate((200, 900)):
         picture(k, side, side).save(tmp_path / f"{k}.jpg")
     before = list(warnings.filters)
@@ -318,8 +341,19 @@ def test_byte_order_mark(folder):
     assert len(load_set(small_config(folder)).table) == len(SPLITS)
 
 
-@pytest.mark.parametrize("value, told", [("", "not a number"), ("n/a", "not a number"), ("good", "good"), ("inf", "inf"), ("-inf", "inf"),
-                                         ("100.5", "100.5 is outside the declared 0 to 100"), ("-3", "-3 is outside"), ("3,5", "3,5")])
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        ("", "not a number"),
+        ("n/a", "not a number"),
+        ("good", "good"),
+        ("inf", "inf"),
+        ("-inf", "inf"),
+        ("100.5", "100.5 is outside the declared 0 to 100"),
+        ("-3", "-3 is outside"),
+        ("3,5", "3,5"),
+    ],
+)
 def test_bad_label_names_its_row(value, told, folder):
     """Raised by default with picture and row; skipped, each bad row is counted once."""
     frame = pd.read_csv(folder / "labels.csv", dtype=str)
@@ -372,14 +406,27 @@ def test_case_of_names(folder):
             load_set(small_config(folder))
 
 
-HOSTILE_NAMES = ["001.png", "with space.png", " lead.png", "comma, and \"quote\".png", "größe 図 🙂.png", "100%#?.png", "-rf.png",
-                 "semi;colon.png", "a'b.png", "$HOME.png"]
+HOSTILE_NAMES = [
+    "001.png",
+    "with space.png",
+    " lead.png",
+    'comma, and "quote".png',
+    "größe 図 🙂.png",
+    "100%#?.png",
+    "-rf.png",
+    "semi;colon.png",
+    "a'b.png",
+    "$HOME.png",
+]
 NUMERIC_NAMES = ["80184044", "007", "1e5", "10344921126", "0x1F", "1_000"]
 NULL_NAMES = ["NA", "null", "None", "nan", "inf", "True"]
 
 
-@pytest.mark.parametrize("names", [HOSTILE_NAMES, NUMERIC_NAMES, ["80184044"], ["007"], ["2.50"], NULL_NAMES, ["NA", "007"]],
-                         ids=["hostile", "numbers and text", "integers", "leading zeros", "decimals", "null", "null and integers"])
+@pytest.mark.parametrize(
+    "names",
+    [HOSTILE_NAMES, NUMERIC_NAMES, ["80184044"], ["007"], ["2.50"], NULL_NAMES, ["NA", "007"]],
+    ids=["hostile", "numbers and text", "integers", "leading zeros", "decimals", "null", "null and integers"],
+)
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "xlsx", "parquet"])
 def test_file_names_are_text(names, kind, tmp_path):
     """Readers that guess types turn 007 into 7 and NA into nothing."""
@@ -392,10 +439,14 @@ def test_file_names_are_text(names, kind, tmp_path):
     path = tmp_path / f"labels.{kind}"
     if kind == "parquet":
         pytest.importorskip("pyarrow")
-    write = {"csv": lambda: frame.to_csv(path, index=False), "tsv": lambda: frame.to_csv(path, sep="\t", index=False),
-             "json": lambda: path.write_text(json.dumps(frame.to_dict("records"))), "xlsx": lambda: frame.to_excel(path, index=False),
-             "jsonl": lambda: path.write_text("\n".join(json.dumps(r) for r in frame.to_dict("records"))),
-             "parquet": lambda: frame.to_parquet(path)}
+    write = {
+        "csv": lambda: frame.to_csv(path, index=False),
+        "tsv": lambda: frame.to_csv(path, sep="\t", index=False),
+        "json": lambda: path.write_text(json.dumps(frame.to_dict("records"))),
+        "xlsx": lambda: frame.to_excel(path, index=False),
+        "jsonl": lambda: path.write_text("\n".join(json.dumps(r) for r in frame.to_dict("records"))),
+        "parquet": lambda: frame.to_parquet(path),
+    }
     write[kind]()
     images = load_set(small_config(tmp_path, labels=path.name))
     assert dict(zip(images.table.image, images.table.score, strict=True)) == dict(zip(names, frame.score, strict=True))
@@ -439,7 +490,10 @@ def test_score_range_turned_round(folder):
     np.testing.assert_allclose(straight + turned, 100)
 
 
-@pytest.mark.parametrize("column, value, told", [("split", "training", "training"), ("split", "", "no official split"), ("std", "wide", "std")])
+@pytest.mark.parametrize(
+    "column, value, told",
+    [("split", "training", "training"), ("split", "", "no official split"), ("std", "wide", "std")],
+)
 def test_other_columns_with_nonsense(column, value, told, folder):
     frame = pd.read_csv(folder / "labels.csv").assign(std="3")
     frame.loc[2, column] = value
@@ -448,7 +502,10 @@ def test_other_columns_with_nonsense(column, value, told, folder):
         load_set(small_config(folder))
 
 
-@pytest.mark.parametrize("values, told", [({"root": "/nowhere"}, "nowhere"), ({"labels": None}, "labels"), ({"dataset": "koniq10k"}, "koniq-10k")])
+@pytest.mark.parametrize(
+    "values, told",
+    [({"root": "/nowhere"}, "nowhere"), ({"labels": None}, "labels"), ({"dataset": "koniq10k"}, "koniq-10k")],
+)
 def test_configuration_that_names_no_set(values, told, folder):
     given = dict(dataset="csv", root=str(folder), labels="labels.csv", score_range="0,100") | values
     with pytest.raises(ValueError, match=told):
@@ -471,11 +528,33 @@ class Heads(torch.nn.Linear):
         self.head_parameters = lambda: [self.weight]
 
 
-@pytest.mark.parametrize("name, value", [
-    ("epochs", 0), ("epochs", 1.5), ("crop", 512), ("batch_sise", 8), ("lr", "fast"), ("flip", "perhaps"), ("profile", "papper"),
-    ("split", "half"), ("loss", "l3"), ("alpha", -1), ("lr", float("nan")), ("lr", float("inf")), ("val_fraction", 1.5),
-    ("test_fraction", -0.5), ("limit", -1), ("patience", -2), ("weight_decay", -1), ("warmup", -1), ("color_jitter", -1),
-    ("step_epochs", 0), ("clip", -1), ("dropout", 1.5)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("crop", 512),
+        ("batch_sise", 8),
+        ("lr", "fast"),
+        ("flip", "perhaps"),
+        ("profile", "papper"),
+        ("split", "half"),
+        ("loss", "l3"),
+        ("alpha", -1),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("val_fraction", 1.5),
+        ("test_fraction", -0.5),
+        ("limit", -1),
+        ("patience", -2),
+        ("weight_decay", -1),
+        ("warmup", -1),
+        ("color_jitter", -1),
+        ("step_epochs", 0),
+        ("clip", -1),
+        ("dropout", 1.5),
+    ],
+)
 def test_configuration_with_nonsense(name, value, folder):
     """Caught when the configuration or the solver is made, long before it can spoil a run; the message names it."""
     with pytest.raises(ValueError, match=f"{name}|{value}"):
@@ -485,7 +564,8 @@ def test_configuration_with_nonsense(name, value, folder):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_tiny_set(size, tmp_path):
-    """A handful of pictures is trained on, or refused with a word about the part that is too small; never a crash after an epoch."""
+    """A handful of pictures is trained on, or refused with a word about the part that is too small; never a crash after
+    an epoch."""
     write_set(tmp_path / "s", splits=["train"] * size)
     relabel(tmp_path / "s", lambda t: t.drop(columns="split"))
     cfg = small_config(tmp_path / "s", split="random", epochs=1)
@@ -528,7 +608,10 @@ def test_constant_scores_train(loss, tmp_path):
     assert done["best_epoch"] == 1
     assert all(torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point())
     assert np.isfinite(predict(model, feed, "test", 2).pred).all()
-    assert [json.loads(row)["val_srcc"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [None, None]
+    assert [json.loads(row)["val_srcc"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("loss", ["l1", "plcc", "rank", "fidelity", "srcc"])
@@ -544,7 +627,8 @@ def test_last_batch_of_one_picture_trains(loss, standin, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [8, 64])
 def test_loss_that_is_no_number_stops(batch_size, standin, tmp_path):
-    """Training stops at once and says which setting to change, also when the only step of an epoch is the harmful one."""
+    """Training stops at once and says which setting to change, also when the only step of an epoch is the harmful
+    one."""
     cfg = small_config(standin, lr=1e30, batch_size=batch_size, clip=0, optimizer="adam")
     _, feed, model = prepare(cfg)
     with pytest.raises(TrainingError, match=r"epoch 1.*lower lr"):
@@ -683,15 +767,26 @@ def test_truncated_checkpoint(cut, kind, checkpoint, tmp_path):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [{}, [1, 2], {"a": 1}, {"a": torch.zeros(2)}, torch.zeros(3), {"model_state_dict": None}])
+@pytest.mark.parametrize(
+    "content", [{}, [1, 2], {"a": 1}, {"a": torch.zeros(2)}, torch.zeros(3), {"model_state_dict": None}]
+)
 def test_checkpoint_of_something_else(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"x.pth"):
         load_checkpoint(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize("header", [None, {"smart_iqa": "{"}, {"smart_iqa": '{"method": "smart", "size": 3}'},
-                                    {"smart_iqa": '{"backbone": "no_such_net"}'}, {"smart_iqa": "[]"}, {"smart_iqa": '"lite"'}])
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        {"smart_iqa": "{"},
+        {"smart_iqa": '{"method": "smart", "size": 3}'},
+        {"smart_iqa": '{"backbone": "no_such_net"}'},
+        {"smart_iqa": "[]"},
+        {"smart_iqa": '"lite"'},
+    ],
+)
 def test_safetensors_with_an_odd_header(header, tmp_path):
     """Whatever a header says, the error is ours and names the file."""
     save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata=header)
@@ -699,9 +794,14 @@ def test_safetensors_with_an_odd_header(header, tmp_path):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("harm, told", [(lambda s: s.pop("lda.convs.0.weight"), "1 missing: lda.convs.0.weight"),
-                                        (lambda s: s.update(more=torch.zeros(1)), "1 extra: more"),
-                                        (lambda s: s.update({"gate.net.0.bias": torch.zeros(3)}), r"gate.net.0.bias \(3,\) instead of \(256,\)")])
+@pytest.mark.parametrize(
+    "harm, told",
+    [
+        (lambda s: s.pop("lda.convs.0.weight"), "1 missing: lda.convs.0.weight"),
+        (lambda s: s.update(more=torch.zeros(1)), "1 extra: more"),
+        (lambda s: s.update({"gate.net.0.bias": torch.zeros(3)}), r"gate.net.0.bias \(3,\) instead of \(256,\)"),
+    ],
+)
 def test_checkpoint_that_does_not_fit(harm, told, checkpoint, tmp_path):
     with safe_open(checkpoint, "pt") as f:
         state, header = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
@@ -717,8 +817,18 @@ def test_missing_checkpoint(tmp_path):
 
 
 def test_a_weight_that_is_no_number_is_not_hidden(standin, tmp_path):
-    """A kernel that clamps what it computed turns NaN into 0: training ends with the gradient, and scoring does not use such kernels."""
-    cfg = small_config(standin, backbone=None, model_size="lite", amp="on", freeze_batchnorm=True, clip=0.0, epochs=1, cache=str(tmp_path / "cache"))
+    """A kernel that clamps what it computed turns NaN into 0: training ends with the gradient, and scoring does not use
+    such kernels."""
+    cfg = small_config(
+        standin,
+        backbone=None,
+        model_size="lite",
+        amp="on",
+        freeze_batchnorm=True,
+        clip=0.0,
+        epochs=1,
+        cache=str(tmp_path / "cache"),
+    )
     _, feed, model = prepare(cfg)
     with torch.no_grad():
         model.backbone.model.blocks[0][0].bn1.weight[0] = float("nan")

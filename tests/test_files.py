@@ -13,7 +13,8 @@ MOVES = {("os", "replace"), ("os", "rename"), ("os", "renames"), ("shutil", "mov
 
 
 def moves(source: str) -> list[str]:
-    """The calls in a module that rename a file: of `os` and `shutil`, and `path.replace(target)` or `path.rename(target)`."""
+    """The calls in a module that rename a file: of `os` and `shutil`, and `path.replace(target)` or
+    `path.rename(target)`."""
     calls = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
@@ -25,7 +26,9 @@ def moves(source: str) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("source", ["os.replace(a, b)", "Path(a).replace(b)", "os.rename(a, b)", "(a / b).rename(c)", "shutil.move(a, b)"])
+@pytest.mark.parametrize(
+    "source", ["os.replace(a, b)", "Path(a).replace(b)", "os.rename(a, b)", "(a / b).rename(c)", "shutil.move(a, b)"]
+)
 def test_every_way_to_rename_is_seen(source):
     assert len(moves(source)) == 1
 

@@ -1,4 +1,6 @@
-"""Experiments around the packaged model, end to end through papermill on small pictures: finetune, study, teacher, evaluate, package."""
+"""Experiments around the packaged model, end to end through papermill on small pictures: finetune, study, teacher,
+evaluate, package."""
+
 import json
 
 import numpy as np
@@ -21,7 +23,11 @@ def mine(tmp_path_factory):
     rows = []
     for k in range(120):
         sigma = rng.uniform(0, 3)
-        image = Image.fromarray(rng.integers(0, 255, (80, 96, 3)).astype(np.uint8)).resize((192, 160)).filter(ImageFilter.GaussianBlur(sigma))
+        image = (
+            Image.fromarray(rng.integers(0, 255, (80, 96, 3)).astype(np.uint8))
+            .resize((192, 160))
+            .filter(ImageFilter.GaussianBlur(sigma))
+        )
         image.save(folder / "pictures" / f"{k:03d}.png")
         rows.append((f"{k:03d}.png", round(5 - 4 * sigma / 3, 3)))
     pd.DataFrame(rows, columns=["image", "mos"]).to_csv(folder / "my.csv", index=False)
@@ -34,13 +40,29 @@ def start(tmp_path_factory):
     torch.manual_seed(0)
     model = build_model("smart", model_size="lite", pretrained="wheel")
     model.shift_scores(50)
-    save_scorer(Scorer(model, Policy(96, "short", 64, 2), None, dict(name="small", trained_on="nothing"), device="cpu"), path)
+    save_scorer(
+        Scorer(model, Policy(96, "short", 64, 2), None, dict(name="small", trained_on="nothing"), device="cpu"), path
+    )
     return path
 
 
 def finetune_words(mine, start, out):
-    return ["finetune", str(mine / "my.csv"), "--images", str(mine / "pictures"), "--score-range", "1,5", "--model", str(start), "--out", str(out),
-            "epochs=6", "threads=1", "cal_fraction=0.3", f"cache={out / 'cache'}"]
+    return [
+        "finetune",
+        str(mine / "my.csv"),
+        "--images",
+        str(mine / "pictures"),
+        "--score-range",
+        "1,5",
+        "--model",
+        str(start),
+        "--out",
+        str(out),
+        "epochs=6",
+        "threads=1",
+        "cal_fraction=0.3",
+        f"cache={out / 'cache'}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +90,17 @@ def test_finetuned_model_scores(tuned, mine):
 
 def test_finetune_again_is_finished(tuned, mine, start, capsys):
     main(finetune_words(mine, start, tuned.parent.parent))
-    assert "finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, said", [
-    (["gone.csv", "--images", "."], "gone.csv"), (["{csv}", "--images", "gone"], "gone"), (["{csv}", "--images", "{pictures}", "epochz=3"], "epochs")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["gone.csv", "--images", "."], "gone.csv"),
+        (["{csv}", "--images", "gone"], "gone"),
+        (["{csv}", "--images", "{pictures}", "epochz=3"], "epochs"),
+    ],
+)
 def test_finetune_bad_input(mine, tmp_path, capsys, words, said):
     words = [w.format(csv=mine / "my.csv", pictures=mine / "pictures") for w in words]
     assert main(["finetune", *words, "--out", str(tmp_path)]) == 1
@@ -83,17 +111,32 @@ def test_finetune_bad_input(mine, tmp_path, capsys, words, said):
 def taught(mine, tmp_path_factory):
     """A teacher, two arms of one seed that use it or not, an evaluation of one of them, and its package."""
     out = tmp_path_factory.mktemp("taught")
-    data = dict(dataset="csv", labels=str(mine / "my.csv"), root=str(mine / "pictures"), score_range="1,5", split="random")
-    quick = data | dict(size=96, crop=64, val_crops=2, test_crops=2, cal_fraction=0.3, val_fraction=0.2, epochs=2, frozen=True)
+    data = dict(
+        dataset="csv", labels=str(mine / "my.csv"), root=str(mine / "pictures"), score_range="1,5", split="random"
+    )
+    quick = data | dict(
+        size=96, crop=64, val_crops=2, test_crops=2, cal_fraction=0.3, val_fraction=0.2, epochs=2, frozen=True
+    )
     control = {k: v for k, v in quick.items() if k != "root"}
-    parameters = dict(profile="lite", root=quick["root"], control=json.dumps(control), arms='{"plain": {"head": "plain"}}', seeds="0", threads=1)
+    parameters = dict(
+        profile="lite",
+        root=quick["root"],
+        control=json.dumps(control),
+        arms='{"plain": {"head": "plain"}}',
+        seeds="0",
+        threads=1,
+    )
     folder = execute("study", parameters | dict(cache=str(out / "cache")), out=out, batch="study")
     return folder, out, quick
 
 
 def test_study(taught):
     run = read_run(taught[0])
-    assert [r["arm"] for r in run["compared"]] == ["control", "plain"] and run["compared"][1]["p_holm"] is not None and not run["missing"]
+    assert (
+        [r["arm"] for r in run["compared"]] == ["control", "plain"]
+        and run["compared"][1]["p_holm"] is not None
+        and not run["missing"]
+    )
     trained = read_run(next(taught[1].glob("study/control-s0-*")))
     assert set(trained["predictions"].split) == {"val"}  # test and calibration stayed shut
 
@@ -108,9 +151,13 @@ def test_evaluate_opens_test_and_calibrates_then_package(taught, mine):
     assert [r["level"] for r in overall] == [0.5, 0.8, 0.9]  # 23 calibration pictures promise no more
     assert np.all(np.diff([r["coverage"] for r in overall]) >= 0)
     file = out / "packed.safetensors"
-    execute("package", dict(evaluation=str(folder), to=str(file), title="packed", root=quick["root"], check=10), out=out)
+    execute(
+        "package", dict(evaluation=str(folder), to=str(file), title="packed", root=quick["root"], check=10), out=out
+    )
     scorer = create_scorer(file, device="cpu")
-    assert scorer.info["measured"]["test"]["srcc"] == evaluated["parts"]["test"]["srcc"] and scorer.policy == Policy(96, "short", 64, 2)
+    assert scorer.info["measured"]["test"]["srcc"] == evaluated["parts"]["test"]["srcc"] and scorer.policy == Policy(
+        96, "short", 64, 2
+    )
     assert str(evaluated["parts"]["test"]["n"]) in file.with_suffix(".md").read_text()
 
 

@@ -1,4 +1,6 @@
-"""Parity with the published models: scores and attention to 1e-4, parameters exactly, every published key list loads."""
+"""Parity with the published models: scores and attention to 1e-4, parameters exactly, every published key list
+loads."""
+
 import json
 import zlib
 from pathlib import Path
@@ -43,11 +45,13 @@ def test_golden(name, tmp_path):
     model = load_checkpoint(tmp_path / "published.pkl")
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
-    x = torch.from_numpy(np.random.RandomState(GOLDEN["image_seed"]).standard_normal((2, 3, 224, 224)).astype("float32"))
+    x = torch.from_numpy(
+        np.random.RandomState(GOLDEN["image_seed"]).standard_normal((2, 3, 224, 224)).astype("float32")
+    )
     with torch.no_grad():
         pooled = model.pool(model.features(x))
         score = model.head(pooled)
-        vector = model.lda(pooled[:4])
+        vector = model.head.lda(pooled[:4])
     np.testing.assert_allclose(score.numpy(), expected["score"], atol=1e-4)
     np.testing.assert_allclose(vector[:, :4].numpy(), expected["target_in_vec_head"], atol=1e-4)
     if expected["attention"]:
@@ -74,4 +78,4 @@ def test_published_keys_load_into_a_model_by_hand():
     model = SmartIQA(model_size="tiny", use_attention=True)
     state = published_state("tiny-attention", 1)
     model.load_state_dict(state)
-    assert torch.equal(model.gate.net[0].weight, state["multiscale_attention.attention_net.0.weight"])
+    assert torch.equal(model.head.gate.net[0].weight, state["multiscale_attention.attention_net.0.weight"])

@@ -1,4 +1,6 @@
-"""What must not change a number, and what must: batches, order, workers, seeds, kills, precision, switches, labels out of sight."""
+"""What must not change a number, and what must: batches, order, workers, seeds, kills, precision, switches, labels out
+of sight."""
+
 import json
 import random
 import shutil
@@ -67,14 +69,24 @@ def trained(standin, tmp_path_factory):
     cfg = small_config(standin, epochs=8, lr=3e-3, train_crops=2, cache=str(tmp_path_factory.mktemp("cache")))
     solver, _, _ = train(cfg, tmp_path_factory.mktemp("trained"))
     spread = predict(solver.model, solver.feed, "train", 2).pred.std()
-    assert spread > 5, f"the stand-in model predicts nearly one number (std {spread:.2f}): its invariances would show nothing"
+    assert spread > 5, (
+        f"the stand-in model predicts nearly one number (std {spread:.2f}): its invariances would show nothing"
+    )
     return solver
 
 
 # -- batches, order, workers, precision --------------------------------------------------------------------------------
-@pytest.mark.parametrize("make, crop, n", [
-    (lambda: SmartIQA(backbone="resnet10t"), 96, 5), (lambda: SmartIQA("lite"), 96, 5), (lambda: SmartIQA("tiny"), 224, 2),
-    (lambda: SmartIQA("tiny", use_attention=False), 96, 3), (HyperIQA, 64, 3)], ids=["resnet10t", "lite", "tiny", "tiny at 96", "hyperiqa"])
+@pytest.mark.parametrize(
+    "make, crop, n",
+    [
+        (lambda: SmartIQA(backbone="resnet10t"), 96, 5),
+        (lambda: SmartIQA("lite"), 96, 5),
+        (lambda: SmartIQA("tiny"), 224, 2),
+        (lambda: SmartIQA("tiny", use_attention=False), 96, 3),
+        (HyperIQA, 64, 3),
+    ],
+    ids=["resnet10t", "lite", "tiny", "tiny at 96", "hyperiqa"],
+)
 def test_batch_of_n_is_n_batches_of_one(make, crop, n):
     """Each crop has its own target network; mixing them up across the batch would show here."""
     torch.manual_seed(0)
@@ -101,7 +113,9 @@ def test_order_of_rows(trained, folder):
     _, feed, _ = prepare(small_config(folder))
     got, want = (predict(trained.model, f, "test", 4) for f in (feed, trained.feed))
     assert list(got.image) != list(want.image)
-    pd.testing.assert_frame_equal(got.set_index("image").loc[want.image].reset_index(), want, rtol=0, atol=1e-3, check_column_type=False)
+    pd.testing.assert_frame_equal(
+        got.set_index("image").loc[want.image].reset_index(), want, rtol=0, atol=1e-3, check_column_type=False
+    )
 
 
 def test_prediction_is_repeatable(trained):
@@ -111,7 +125,9 @@ def test_prediction_is_repeatable(trained):
     pd.testing.assert_frame_equal(predict(trained.model, trained.feed, "test", 4), first, check_exact=True)
 
 
-@pytest.mark.parametrize("values", [{}, {"color_jitter": 0.4}, {"test_positions": "random"}], ids=["plain", "jitter", "random test crops"])
+@pytest.mark.parametrize(
+    "values", [{}, {"color_jitter": 0.4}, {"test_positions": "random"}], ids=["plain", "jitter", "random test crops"]
+)
 def test_number_of_workers(values, standin):
     """Workers only cut; what is cut is decided before. Also from the middle of an epoch on, as after a kill."""
     seen = []
@@ -152,7 +168,9 @@ def test_bf16_is_close_to_fp32(trained):
 
 
 # -- seeds -------------------------------------------------------------------------------------------------------------
-HARD = dict(color_jitter=0.3, drop_path=0.2, dropout=0.3, accumulate=2, loss="smooth_l1+20*plcc", warmup=0.5)  # all that draws or counts
+HARD = dict(
+    color_jitter=0.3, drop_path=0.2, dropout=0.3, accumulate=2, loss="smooth_l1+20*plcc", warmup=0.5
+)  # all that draws or counts
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -165,7 +183,9 @@ def test_seed(frozen, standin, tmp_path):
         runs[name] = train(small_config(standin, seed=seed, frozen=frozen, **values), tmp_path / name, frozen)[2]
     assert same(runs["a"], runs["b"])
     assert not same(runs["a"], runs["c"])
-    assert journal(tmp_path / "a").equals(journal(tmp_path / "b")) and not journal(tmp_path / "a").equals(journal(tmp_path / "c"))
+    assert journal(tmp_path / "a").equals(journal(tmp_path / "b")) and not journal(tmp_path / "a").equals(
+        journal(tmp_path / "c")
+    )
 
 
 def test_machine_settings_do_not_change_the_run(standin, tmp_path):
@@ -192,7 +212,8 @@ print(json.dumps(Solver(model, feed, cfg, sys.argv[3]).fit()))
 
 
 def test_run_killed_at_random_equals_a_whole_run(standin, tmp_path):
-    """SIGKILL, twice, at a random time; after the last restart weights and journal are those of a run that nobody touched."""
+    """SIGKILL, twice, at a random time; after the last restart weights and journal are those of a run that nobody
+    touched."""
     values = HARD | dict(epochs=4, train_crops=2, checkpoint_minutes=0, cache=str(tmp_path / "cache"))
     _, want, weights = train(small_config(standin, **values), tmp_path / "whole")
     (killed := tmp_path / "killed").mkdir()
@@ -201,7 +222,9 @@ def test_run_killed_at_random_equals_a_whole_run(standin, tmp_path):
     for delay in delays:
         seen = (killed / "resume.pt").stat().st_mtime_ns if (killed / "resume.pt").exists() else 0
         child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while child.poll() is None and (not (killed / "resume.pt").exists() or (killed / "resume.pt").stat().st_mtime_ns == seen):
+        while child.poll() is None and (
+            not (killed / "resume.pt").exists() or (killed / "resume.pt").stat().st_mtime_ns == seen
+        ):
             time.sleep(0.002)
         time.sleep(delay)
         child.kill()
@@ -220,7 +243,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("where", ["before a resume point", "after a resume point", "between checkpoint and resume point", "after the last epoch"])
+@pytest.mark.parametrize(
+    "where",
+    ["before a resume point", "after a resume point", "between checkpoint and resume point", "after the last epoch"],
+)
 def test_killed_at_an_awkward_moment(where, standin, tmp_path, monkeypatch):
     """The moments that a random kill seldom hits."""
     values = HARD | dict(epochs=3, checkpoint_minutes=0)
@@ -231,7 +257,12 @@ def test_killed_at_an_awkward_moment(where, standin, tmp_path, monkeypatch):
 
     def stop(solver):
         count[0] += 1
-        n = {"before a resume point": 2, "after a resume point": 3, "between checkpoint and resume point": 6, "after the last epoch": 9}[where]
+        n = {
+            "before a resume point": 2,
+            "after a resume point": 3,
+            "between checkpoint and resume point": 6,
+            "after the last epoch": 9,
+        }[where]
         if where == "after a resume point" or where == "after the last epoch":
             save(solver)
         if count[0] == n:
@@ -268,7 +299,9 @@ def test_test_labels_do_not_reach_the_weights(folder, tmp_path):
 
 @pytest.mark.parametrize("protocol, chosen_on, other", [("default", "val", "test"), ("legacy", "test", "val")])
 def test_part_that_chooses_the_epoch(protocol, chosen_on, other, folder, tmp_path):
-    """Turned round, the labels of the choosing part turn best into worst; they never reach a gradient. The other part's do nothing."""
+    """Turned round, the labels of the choosing part turn best into worst; they never reach a gradient.
+
+    The other part's do nothing."""
     cfg = small_config(folder, epochs=5, lr=3e-3, protocol=protocol, fit="short", test_positions="grid")
     solver, done, _ = train(cfg, tmp_path / "a")
     assert solver.history[done["best_epoch"] - 1]["val_srcc"] == max(r["val_srcc"] for r in solver.history)
@@ -276,7 +309,9 @@ def test_part_that_chooses_the_epoch(protocol, chosen_on, other, folder, tmp_pat
     relabel(folder, chosen_on, lambda s: 100 - s)
     turned, done_2, _ = train(cfg, tmp_path / "b")
     assert done_2["best_epoch"] != done["best_epoch"]
-    np.testing.assert_allclose([r["val_srcc"] for r in turned.history], [-r["val_srcc"] for r in solver.history], atol=1e-9)
+    np.testing.assert_allclose(
+        [r["val_srcc"] for r in turned.history], [-r["val_srcc"] for r in solver.history], atol=1e-9
+    )
     assert [r["train_loss"] for r in turned.history] == [r["train_loss"] for r in solver.history]
     relabel(folder, chosen_on, lambda s: 100 - s)
     relabel(folder, other, lambda s: 100 - s)
@@ -287,7 +322,9 @@ def test_part_that_chooses_the_epoch(protocol, chosen_on, other, folder, tmp_pat
 def test_parts_that_training_looks_at(protocol, part, standin, tmp_path, monkeypatch):
     """By default the test part is not even scored while training."""
     seen = []
-    monkeypatch.setattr("smart_iqa.training.predict", lambda m, f, split, *a, **k: seen.append(split) or predict(m, f, split, *a, **k))
+    monkeypatch.setattr(
+        "smart_iqa.training.predict", lambda m, f, split, *a, **k: seen.append(split) or predict(m, f, split, *a, **k)
+    )
     train(small_config(standin, protocol=protocol, size=64, crop=64), tmp_path)
     assert seen == [part] * 2
 
@@ -310,15 +347,26 @@ def test_the_floor_lifts_the_learning_rate(standin):
 
 
 def test_the_rebuilt_optimizer_loses_the_new_parts(standin, tmp_path):
-    """HyperIQA's defect: from the second epoch on the new parts stay as they are, the backbone goes on; our way both learn."""
+    """HyperIQA's defect: from the second epoch on the new parts stay as they are, the backbone goes on; our way both
+    learn."""
+
     def moved(**switch):
         weights = []
         for epochs in (1, 2):
             cfg = small_config(standin, epochs=epochs, lr=1e-3, schedule="constant", patience=0, **switch)
             folder = tmp_path / f"{epochs}{len(switch)}"
-            weights.append({k: v.clone() for k, v in last_weights(cfg, folder).items() if v.is_floating_point() and "running" not in k})
+            weights.append(
+                {
+                    k: v.clone()
+                    for k, v in last_weights(cfg, folder).items()
+                    if v.is_floating_point() and "running" not in k
+                }
+            )
         changed = {k for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])}
-        return {"backbone": any(k.startswith("backbone.") for k in changed), "new": any(not k.startswith("backbone.") for k in changed)}
+        return {
+            "backbone": any(k.startswith("backbone.") for k in changed),
+            "new": any(not k.startswith("backbone.") for k in changed),
+        }
 
     assert moved() == {"backbone": True, "new": True}
     assert moved(rebuild_optimizer=True) == {"backbone": True, "new": False}
@@ -357,7 +405,11 @@ def test_a_killed_run_with_a_rebuilt_optimizer_goes_on(at, standin, tmp_path, mo
 
 
 # -- switches ----------------------------------------------------------------------------------------------------------
-SWITCHES = {"single": dict(use_multiscale=False, use_attention=False), "concat": dict(use_attention=False), "attention": {}}
+SWITCHES = {
+    "single": dict(use_multiscale=False, use_attention=False),
+    "concat": dict(use_attention=False),
+    "attention": {},
+}
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
@@ -367,7 +419,7 @@ def test_switches_change_the_parameters(name):
     with torch.device("cpu"):
         model = HyperIQA() if name == "hyperiqa" else SmartIQA(size, **SWITCHES[variant])
     assert sum(p.numel() for p in model.parameters()) == GOLDEN[name]["parameters"]
-    assert (model.gate is None) == (variant != "attention")
+    assert (model.head.gate is None) == (variant != "attention")
 
 
 def test_attention_needs_stages():
@@ -380,7 +432,7 @@ def test_attention_reaches_the_score(trained):
     x, _ = next(iter(trained.feed.train_batches(0)))
     with torch.inference_mode():
         before = trained.model.eval()(x)
-        bias = trained.model.gate.net[3].bias
+        bias = trained.model.head.gate.net[3].bias
         kept = bias.clone()
         bias += torch.tensor([3.0, 0, 0, 0])
         after = trained.model(x)
@@ -419,13 +471,20 @@ def test_color_jitter(standin):
     (_, plain, _), (_, jittered, _) = (prepare(small_config(standin, color_jitter=j)) for j in (0, 0.4))
     (a, rows_a), (b, rows_b) = (next(iter(f.train_batches(0))) for f in (plain, jittered))
     assert torch.equal(rows_a, rows_b) and not torch.equal(a, b)
-    assert all(torch.equal(x, y) for x, y in zip(plain.test_batches(np.arange(3), 4), jittered.test_batches(np.arange(3), 4), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(plain.test_batches(np.arange(3), 4), jittered.test_batches(np.arange(3), 4), strict=True)
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("positions, per_picture, moves", [("grid", 6, False), ("center", 1, False), ("random", 6, True)])
+@pytest.mark.parametrize(
+    "positions, per_picture, moves", [("grid", 6, False), ("center", 1, False), ("random", 6, True)]
+)
 def test_test_positions(positions, per_picture, moves, frozen, standin):
-    """Where test crops lie: the grid and the centre do not depend on the seed, the published way does. Frozen features obey too."""
+    """Where test crops lie: the grid and the centre do not depend on the seed, the published way does.
+
+    Frozen features obey too."""
     got = []
     for seed in (1, 2):
         cfg = small_config(standin, seed=seed, test_positions=positions, frozen=frozen)
@@ -468,10 +527,28 @@ def test_freeze_batchnorm(freeze, standin, tmp_path):
     assert any(k.startswith("backbone.") and "weight" in k for k in moved)
 
 
-@pytest.mark.parametrize("name, value", [("dropout", 0.5), ("clip", 1e-3), ("accumulate", 2), ("warmup", 1.0),
-                                         ("optimizer", "adam"), ("schedule", "constant"), ("alpha", 1.0), ("loss", "l2"), ("weight_decay", 0.5),
-                                         ("head_lr_ratio", 10.0), ("eta_min", 0.5), ("start_at_mean", False), ("train_crops", 2),
-                                         ("flip", False), ("color_jitter", 0.3), ("batch_size", 5), ("use_attention", False)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("dropout", 0.5),
+        ("clip", 1e-3),
+        ("accumulate", 2),
+        ("warmup", 1.0),
+        ("optimizer", "adam"),
+        ("schedule", "constant"),
+        ("alpha", 1.0),
+        ("loss", "l2"),
+        ("weight_decay", 0.5),
+        ("head_lr_ratio", 10.0),
+        ("eta_min", 0.5),
+        ("start_at_mean", False),
+        ("train_crops", 2),
+        ("flip", False),
+        ("color_jitter", 0.3),
+        ("batch_size", 5),
+        ("use_attention", False),
+    ],
+)
 def test_every_switch_changes_the_training(name, value, standin, tmp_path_factory, _plain_run):
     """A parameter that changes nothing is a lie in the record. Two short runs that differ in it alone must differ."""
     cfg = small_config(standin, **BASE | {name: value})
@@ -506,18 +583,23 @@ def test_frozen_features_cannot_be_jittered(standin):
 
 def test_accumulated_batches_are_one_large_batch(standin, tmp_path):
     """8 + 8 + 8 accumulated thrice is a batch of 24, as long as nothing looks across the batch (batch norm is kept)."""
-    values = dict(freeze_batchnorm=True, dropout=0.0, loss="l1", epochs=1, clip=0, flip=False, optimizer="adam", limit=24, lr=1e-4)
+    values = dict(
+        freeze_batchnorm=True, dropout=0.0, loss="l1", epochs=1, clip=0, flip=False, optimizer="adam", limit=24, lr=1e-4
+    )
     a = train(small_config(standin, batch_size=24, **values), tmp_path / "a")[2]
     b = train(small_config(standin, batch_size=8, accumulate=3, **values), tmp_path / "b")[2]
     worst = max((a[k].float() - b[k].float()).abs().max().item() for k in a)
     start = prepare(small_config(standin, **values))[2].state_dict()
     moved = max((a[k].float() - start[k].float()).abs().max().item() for k in a)
     share = np.mean([((a[k] - b[k]).abs() < 1e-6).float().mean().item() for k in a if a[k].is_floating_point()])
-    assert moved > 5e-5 and worst <= 2.1e-4 and share > 0.95  # Adam's first step is lr * sign: tiny gradients may differ in sign
+    assert (
+        moved > 5e-5 and worst <= 2.1e-4 and share > 0.95
+    )  # Adam's first step is lr * sign: tiny gradients may differ in sign
 
 
 def test_the_checkpoint_is_of_the_best_epoch_that_was_written_down(standin, tmp_path, monkeypatch):
-    """Killed between the weights of a best epoch and its resume point; validated again, on another device say, that epoch is not the best."""
+    """Killed between the weights of a best epoch and its resume point; validated again, on another device say, that
+    epoch is not the best."""
     values, evaluate, cfg = iter([0.5, 0.9, 0.4]), training.evaluate, small_config(standin, seed=0)
     monkeypatch.setattr(training, "evaluate", lambda *a, **k: evaluate(*a, **k) | dict(srcc=next(values)))
     images, feed, model = prepare(cfg)
@@ -536,7 +618,9 @@ def test_the_checkpoint_is_of_the_best_epoch_that_was_written_down(standin, tmp_
     monkeypatch.setattr(training, "save_resume_point", save)
     _, feed, model = prepare(cfg)
     second = Solver(model, feed, cfg, folder)
-    assert second.fit()["best_epoch"] == 1 and all(torch.equal(v, kept[k]) for k, v in second.model.state_dict().items())
+    assert second.fit()["best_epoch"] == 1 and all(
+        torch.equal(v, kept[k]) for k, v in second.model.state_dict().items()
+    )
     assert not list(folder.glob(".best-*"))
 
 

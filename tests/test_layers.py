@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "smart_iqa"
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("[!_]*.py"))}
-NUMBERS = {f"smart_iqa.{m[2]}": int(m[1]) for p in (ROOT / "nbs").glob("*.ipynb") if (m := re.match(r"(\d+)_(\w+)", p.stem))}
+NUMBERS = {
+    f"smart_iqa.{m[2]}": int(m[1]) for p in (ROOT / "nbs").glob("*.ipynb") if (m := re.match(r"(\d+)_(\w+)", p.stem))
+}
 
 
 def imports_of(module: str, source: str) -> set[str]:
@@ -65,7 +67,9 @@ def test_the_numbers_are_the_order(module):
 
 def test_imports_are_found_wherever_they_stand():
     """The reader of imports sees absolute and relative ones, at the top and inside functions."""
-    source = "from ..config import Config\ndef f():\n    from smart_iqa.app import scoring\n    import smart_iqa.losses\n"
+    source = (
+        "from ..config import Config\ndef f():\n    from smart_iqa.app import scoring\n    import smart_iqa.losses\n"
+    )
     assert imports_of("smart_iqa.lab.runs", source) == {"smart_iqa.config", "smart_iqa.app.scoring", "smart_iqa.losses"}
 
 

@@ -23,7 +23,8 @@ SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
-    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its temporary files go with it."""
+    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its
+    temporary files go with it."""
     monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path / "cache"))
     with tempfile.TemporaryDirectory() as short:  # the path of a socket may have some hundred characters
         room = Path(short) / "t"
@@ -42,12 +43,16 @@ def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
 def test_package_equals_export(tmp_path):
     """nbdev_export in a copy of the project changes no file of the package."""
     for name in ("nbs", "smart_iqa"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
     shutil.copy(ROOT / "settings.ini", tmp_path)
     for file in (tmp_path / "smart_iqa").rglob("[!_]*.py"):
         file.unlink()  # what no notebook exports must not survive
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, timeout=300)
-    names, exported = ({p.relative_to(r / "smart_iqa").as_posix() for p in (r / "smart_iqa").rglob("*.py")} for r in (ROOT, tmp_path))
+    names, exported = (
+        {p.relative_to(r / "smart_iqa").as_posix() for p in (r / "smart_iqa").rglob("*.py")} for r in (ROOT, tmp_path)
+    )
     assert names == exported
     _, different, errors = filecmp.cmpfiles(ROOT / "smart_iqa", tmp_path / "smart_iqa", sorted(names), shallow=False)
     assert not different + errors
@@ -55,7 +60,8 @@ def test_package_equals_export(tmp_path):
 
 @pytest.mark.parametrize("name", SOURCE)
 def test_notebook_is_clean(name):
-    """Kernel 'python3' (else papermill fails elsewhere), no error output, no execution counts, no star import in exports."""
+    """Kernel 'python3' (else papermill fails elsewhere), no error output, no execution counts, no star import in
+    exports."""
     nb = SOURCE[name]
     assert nb.metadata.kernelspec.name == "python3"
     for cell in nb.cells:
@@ -67,7 +73,8 @@ def test_notebook_is_clean(name):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiment_parameters(path):
-    """Papermill sees one parameters cell, all of its names, and every experiment can be told where to put its record."""
+    """Papermill sees one parameters cell, all of its names, and every experiment can be told where to put its
+    record."""
     tagged = [c for c in SOURCE[path.stem].cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
     written = re.findall(r"^(\w+)\s*=", tagged[0].source, re.M)
@@ -77,5 +84,7 @@ def test_experiment_parameters(path):
 
 def test_readme_is_made_from_the_index():
     """README.md is the index notebook as Markdown; `python .ci/readme.py` makes it."""
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr

@@ -26,8 +26,8 @@ from PIL import Image, ImageCms
 
 from smart_iqa.app.folders import (
     COLUMNS,
-    Found,
     Journal,
+    PictureFile,
     contact_sheet,
     find_pictures,
     model_id,
@@ -918,7 +918,7 @@ def test_library_use(photos, toy):
     assert score_files(toy, [Path("photos")]).equals(whole) and score_files(toy, find_pictures("photos")).equals(whole)
     empty = score_files(toy, [], "e.csv")
     assert len(empty) == 0 and list(empty) == list(COLUMNS) and read_scores("e.csv").equals(empty)
-    assert score_files(toy, [Found("gone.png", ".", "was there once")]).error[0] == "was there once"
+    assert score_files(toy, [PictureFile("gone.png", ".", "was there once")]).error[0] == "was there once"
     with pytest.raises(ValueError, match=r"s.csv: no such file"):
         read_scores("s.csv")
     with pytest.raises(ImageError):
@@ -950,8 +950,8 @@ def test_two_commands_on_one_table(toy, photos, tmp_path):
         tmp_path / "s.csv",
         """
 import sys, time
-from smart_iqa.app.folders import _alone
-with _alone(sys.argv[1]):
+from smart_iqa.app.folders import _locked_output
+with _locked_output(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(600)
 """,

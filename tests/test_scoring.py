@@ -266,7 +266,7 @@ def test_weights_of_the_scoring_copy_are_its_own(small):
     fast = Scorer(small.model, small.policy, device="cpu", amp="on")
     assert {p.dtype for p in fast.model.parameters()} == {torch.float32}
     assert torch.bfloat16 in {p.dtype for p in fast._fast.backbone.parameters()} and {
-        p.dtype for p in fast._fast.hyper.parameters()
+        p.dtype for p in fast._fast.head.parameters()
     } == {torch.float32}
 
 

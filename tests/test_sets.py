@@ -1,4 +1,4 @@
-"""Every set of the field from what people have on disk: real label files where they are there, documented formats elsewhere.
+"""Every set of the field from what people have on disk: real label files where they are, documented formats elsewhere.
 
 The pictures are links to one tiny file under the real names: nothing here decodes one.
 """
@@ -16,7 +16,7 @@ from scipy.io import loadmat, savemat
 
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
-from smart_iqa.sets import FACTS, LIVE_PARTS, LOADERS, DataError, facts_table, set_info
+from smart_iqa.sets import FACTS, LIVE_PARTS, DataError, facts_table, reader_of, set_info
 
 DATA = Path(os.environ.get("SMART_IQA_DATA") or Path(__file__).parents[2] / "shared" / "data").expanduser() / "scores"
 
@@ -40,11 +40,21 @@ def fill(root, names):
 
 
 def load(name, root, split="none", **values):
-    return load_set(make_config("lite", dataset=name, root=str(root), split=split, cache=str(root / ".cache"), group_duplicates=False, **values)).table
+    return load_set(
+        make_config(
+            "lite",
+            dataset=name,
+            root=str(root),
+            split=split,
+            cache=str(root / ".cache"),
+            group_duplicates=False,
+            **values,
+        )
+    ).table
 
 
 def raw(name, root, split="official"):
-    return LOADERS[name](root, make_config("lite", dataset=name, root=str(root), split=split))
+    return reader_of(name)(root, make_config("lite", dataset=name, root=str(root), split=split))
 
 
 def told(name, root, *words, split="none", **values):
@@ -86,13 +96,32 @@ def by_scene(table_of):
 def test_facts():
     """The counts are those of the makers; each set says where it comes from, what is allowed and how its labels run."""
     assert {n: f.images for n, f in FACTS.items() if f.images} == {
-        "koniq-10k": 10073, "spaq": 11125, "kadid-10k": 10125, "agiqa-3k": 2982, "live": 779, "livec": 1162, "csiq": 866, "tid2013": 3000, "bid": 586,
-        "biq2021": 12000}
+        "koniq-10k": 10073,
+        "spaq": 11125,
+        "kadid-10k": 10125,
+        "agiqa-3k": 2982,
+        "live": 779,
+        "livec": 1162,
+        "csiq": 866,
+        "tid2013": 3000,
+        "bid": 586,
+        "biq2021": 12000,
+    }
     assert {n: f.scale for n, f in FACTS.items() if n != "csv"} == {
-        "koniq-10k": (0, 100), "spaq": (0, 100), "kadid-10k": (1, 5), "agiqa-3k": (0, 5), "live": (112, -3), "livec": (0, 100), "csiq": (1, 0),
-        "tid2013": (0, 9), "bid": (0, 5), "biq2021": (0, 1), "demo": (0, 100)}
+        "koniq-10k": (0, 100),
+        "spaq": (0, 100),
+        "kadid-10k": (1, 5),
+        "agiqa-3k": (0, 5),
+        "live": (112, -3),
+        "livec": (0, 100),
+        "csiq": (1, 0),
+        "tid2013": (0, 9),
+        "bid": (0, 5),
+        "biq2021": (0, 1),
+        "demo": (0, 100),
+    }
     table = facts_table()
-    assert list(table.index) == list(FACTS) == list(dict.fromkeys(FACTS)) and set(FACTS) == set(LOADERS)
+    assert list(table.index) == list(FACTS) == list(dict.fromkeys(FACTS))
     lower = table.label.str.contains("lower")
     assert ((table.worst > table.best) == lower).all() and set(table.index[lower]) == {"live", "csiq"}
     assert (table[["kind", "terms", "get", "source"]].drop(["csv", "demo"]) != "").all().all()
@@ -113,8 +142,16 @@ def agiqa(tmp_path_factory):
 def test_agiqa(agiqa):
     labels = pd.read_csv(agiqa / "data.csv")
     table = load("agiqa-3k", agiqa)
-    check(table, "agiqa-3k", best=labels.name[labels.mos_quality.idxmax()], worst=labels.name[labels.mos_quality.idxmin()], std=labels.std_quality * 20)
-    prompts = labels.set_index("name").prompt[table.image].to_numpy()  # scenes are the prompts, though they are read off the names
+    check(
+        table,
+        "agiqa-3k",
+        best=labels.name[labels.mos_quality.idxmax()],
+        worst=labels.name[labels.mos_quality.idxmin()],
+        std=labels.std_quality * 20,
+    )
+    prompts = (
+        labels.set_index("name").prompt[table.image].to_numpy()
+    )  # scenes are the prompts, though they are read off the names
     assert table.groupby(prompts).ref.nunique().max() == 1 and table.ref.nunique() == labels.prompt.nunique() == 300
     by_scene(lambda split: load("agiqa-3k", agiqa, split))
 
@@ -124,7 +161,11 @@ def test_agiqa_elsewhere(tmp_path, folder):
     names = [f"{g}_normal_{i:03d}.jpg" for g in ("sd1.5", "DALLE2") for i in range(3)]
     pd.DataFrame(dict(name=names, mos_quality=[0, 1, 2, 3, 4, 5])).to_csv(tmp_path / "data.csv", index=False)
     table = load("agiqa-3k", fill(tmp_path, [f"{folder}/{n}" for n in names]))
-    assert list(table.image) == [f"{folder}/{n}" for n in names] and list(table.ref) == ["000", "001", "002"] * 2 and table["std"].isna().all()
+    assert (
+        list(table.image) == [f"{folder}/{n}" for n in names]
+        and list(table.ref) == ["000", "001", "002"] * 2
+        and table["std"].isna().all()
+    )
 
 
 # --- LIVE
@@ -137,8 +178,10 @@ def live(tmp_path_factory):
     return fill(root, [f"{p}/img{i}.bmp" for p, n in LIVE_PARTS.items() for i in range(1, n + 1)])
 
 
-KNOWN = """jp2k/img4 dancers jp2k/img10 woman jp2k/img99 womanhat jp2k/img227 statue jpeg/img1 womanhat jpeg/img120 house jpeg/img233 parrots
-wn/img1 monarch wn/img9 cemetry wn/img10 plane wn/img17 monarch""".split()  # pictures whose reference other code lists (IQA-PyTorch's table)
+# pictures whose reference other code lists (IQA-PyTorch's table)
+KNOWN = """jp2k/img4 dancers jp2k/img10 woman jp2k/img99 womanhat jp2k/img227 statue
+jpeg/img1 womanhat jpeg/img120 house jpeg/img233 parrots
+wn/img1 monarch wn/img9 cemetry wn/img10 plane wn/img17 monarch""".split()
 
 
 def test_live(live):
@@ -148,11 +191,24 @@ def test_live(live):
     kept = dmos != 0  # 203 copies of references
     check(table, "live", std=std[kept] * 100 / 115)
     np.testing.assert_allclose(table.mos, dmos[kept])
-    assert ((table.mos < 0) | (table.mos > 100)).sum() == 24 and (np.argsort(table.score) == np.argsort(-table.mos)).all()
-    assert dict(table.image.str.split("/").str[0].value_counts()) == {"jp2k": 169, "jpeg": 175, "wn": 145, "gblur": 145, "fastfading": 145}
+    assert ((table.mos < 0) | (table.mos > 100)).sum() == 24 and (
+        np.argsort(table.score) == np.argsort(-table.mos)
+    ).all()
+    assert dict(table.image.str.split("/").str[0].value_counts()) == {
+        "jp2k": 169,
+        "jpeg": 175,
+        "wn": 145,
+        "gblur": 145,
+        "fastfading": 145,
+    }
     assert not {"jp2k/img1.bmp", "wn/img146.bmp", "wn/img174.bmp"} & set(table.image)
     ref = table.set_index("image").ref
-    assert ref.nunique() == 29 and (ref.groupby([ref, ref.index.str.split("/").str[0]]).size().unstack()[["wn", "gblur", "fastfading"]] == 5).all().all()
+    assert (
+        ref.nunique() == 29
+        and (ref.groupby([ref, ref.index.str.split("/").str[0]]).size().unstack()[["wn", "gblur", "fastfading"]] == 5)
+        .all()
+        .all()
+    )
     assert [ref[f"{f}.bmp"] for f in KNOWN[::2]] == [f"{r}.bmp" for r in KNOWN[1::2]]
     by_scene(lambda split: load("live", live, split))
 
@@ -162,7 +218,9 @@ def copy_live(live, root, **changes):
     root.mkdir(exist_ok=True)
     for part in LIVE_PARTS:
         shutil.copytree(live / part, root / part, copy_function=os.link)
-    dmos = {k: v for k, v in loadmat(live / "dmos_realigned.mat").items() if k[0] != "_"} | {k: v for k, v in changes.items() if k != "refnames_all"}
+    dmos = {k: v for k, v in loadmat(live / "dmos_realigned.mat").items() if k[0] != "_"} | {
+        k: v for k, v in changes.items() if k != "refnames_all"
+    }
     savemat(root / "dmos_realigned.mat", dmos)
     refs = changes.get("refnames_all", loadmat(live / "refnames_all.mat")["refnames_all"])
     savemat(root / "refnames_all.mat", dict(refnames_all=refs))
@@ -178,7 +236,11 @@ def test_live_as_released(live, tmp_path):
     orgs = np.array([f not in ref.index for f in files], np.uint8)[None]
     root = copy_live(live, tmp_path / "r", refnames_all=refs, orgs=orgs)
     pd.testing.assert_frame_equal(load("live", root), want)
-    (root / "gblur").rename(root / "Blur"), (root / "jp2k").rename(root / "JP2K"), (root / "dmos_realigned.mat").rename(root / "DMOS_realigned.mat")
+    (
+        (root / "gblur").rename(root / "Blur"),
+        (root / "jp2k").rename(root / "JP2K"),
+        (root / "dmos_realigned.mat").rename(root / "DMOS_realigned.mat"),
+    )
     renamed = load("live", root)
     assert {"Blur/img1.bmp", "JP2K/img2.bmp"} <= set(renamed.image) and (renamed.mos == want.mos).all()
 
@@ -186,10 +248,20 @@ def test_live_as_released(live, tmp_path):
 def test_live_edited(live, tmp_path):
     refs = loadmat(live / "refnames_all.mat")["refnames_all"]
     dmos = loadmat(live / "dmos_realigned.mat")["dmos_new"]
-    told("live", copy_live(live, tmp_path / "a", refnames_all=refs[:-1]), "refnames_all.mat: has 778 names", "982 files, 779", "as it was published")
+    told(
+        "live",
+        copy_live(live, tmp_path / "a", refnames_all=refs[:-1]),
+        "refnames_all.mat: has 778 names",
+        "982 files, 779",
+        "as it was published",
+    )
     told("live", copy_live(live, tmp_path / "b", refnames_all=refs[::-1]), "in no known order", "studentsculpture")
     told("live", copy_live(live, tmp_path / "c", dmos_new=dmos[:, :-5]), "has 977 DMOS", "982")
-    told("live", copy_live(live, tmp_path / "d", dmos_new=np.where(np.arange(982) == 1, 0, dmos)), "204 copies of references")
+    told(
+        "live",
+        copy_live(live, tmp_path / "d", dmos_new=np.where(np.arange(982) == 1, 0, dmos)),
+        "204 copies of references",
+    )
     root = copy_live(live, tmp_path / "e")
     (root / "wn" / "img7.bmp").unlink()
     told("live", root, "1 images cannot be used", "wn/img7.bmp: no such file", "on_error='skip'")
@@ -207,7 +279,9 @@ def test_live_edited(live, tmp_path):
 
 @pytest.fixture
 def livec(tmp_path):
-    names = [f"t{i}.bmp" for i in range(1, 8)] + [f"{i}.bmp" for i in range(3, 1162)] + ["1162.JPG", "1163.JPG", "1164.bmp"]
+    names = (
+        [f"t{i}.bmp" for i in range(1, 8)] + [f"{i}.bmp" for i in range(3, 1162)] + ["1162.JPG", "1163.JPG", "1164.bmp"]
+    )
     assert len(names) == 1169
     mos = np.linspace(3, 92, 1169)[None]
     (tmp_path / "Data").mkdir()
@@ -246,7 +320,9 @@ def csiq(tmp_path_factory):
     root = tmp_path_factory.mktemp("csiq")
     shutil.copy(real("csiq_label.txt"), root / "csiq_label.txt")
     names = [line.split()[0] for line in (root / "csiq_label.txt").read_text().splitlines()]
-    return fill(root, [f"dst_imgs_all/{n}" for n in names] + [f"src_imgs/{n}.png" for n in {n.split(".")[0] for n in names}])
+    return fill(
+        root, [f"dst_imgs_all/{n}" for n in names] + [f"src_imgs/{n}.png" for n in {n.split(".")[0] for n in names}]
+    )
 
 
 def csiq_sheet(path, rows):
@@ -267,7 +343,9 @@ def test_csiq(csiq):
     labels = dict(line.split() for line in (csiq / "csiq_label.txt").read_text().splitlines())
     table = load("csiq", csiq)
     check(table, "csiq")
-    assert dict(zip(table.image.str.removeprefix("dst_imgs_all/"), table.mos, strict=True)) == {n: float(v) for n, v in labels.items()}
+    assert dict(zip(table.image.str.removeprefix("dst_imgs_all/"), table.mos, strict=True)) == {
+        n: float(v) for n, v in labels.items()
+    }
     assert table.score[table.mos == 0].eq(100).all() and table.score[table.mos == 1].eq(0).all()  # DMOS: 0 is the best
     assert table.ref.nunique() == 30 and set(table.ref) == {p.stem.lower() for p in (csiq / "src_imgs").iterdir()}
     by_scene(lambda split: load("csiq", csiq, split))
@@ -285,7 +363,14 @@ def test_csiq_by_distortion(csiq, tmp_path):
 
 def test_csiq_sheet(csiq, tmp_path):
     """The makers' spreadsheet names the distortions otherwise than the files, and has deviations."""
-    token = {"AWGN": "noise", "BLUR": "blur", "JPEG": "jpeg", "jpeg2000": "jpeg 2000", "fnoise": "fnoise", "contrast": "contrast"}
+    token = {
+        "AWGN": "noise",
+        "BLUR": "blur",
+        "JPEG": "jpeg",
+        "jpeg2000": "jpeg 2000",
+        "fnoise": "fnoise",
+        "contrast": "contrast",
+    }
     rows = []
     for line in (csiq / "csiq_label.txt").read_text().splitlines():
         (image, distortion, level, _), dmos = line.split()[0].split("."), float(line.split()[1])
@@ -293,7 +378,12 @@ def test_csiq_sheet(csiq, tmp_path):
     csiq_sheet(tmp_path / "csiq.DMOS.xlsx", rows)
     os.symlink(csiq / "dst_imgs_all", tmp_path / "dst_imgs_all")
     table, want = load("csiq", tmp_path), load("csiq", csiq)
-    assert table.image.equals(want.image) and np.allclose(table.score, want.score) and table.ref.equals(want.ref) and np.allclose(table["std"], 10)
+    assert (
+        table.image.equals(want.image)
+        and np.allclose(table.score, want.score)
+        and table.ref.equals(want.ref)
+        and np.allclose(table["std"], 10)
+    )
     csiq_sheet(tmp_path / "csiq.DMOS.xlsx", [(*r[:2], "snow", *r[3:]) if i == 3 else r for i, r in enumerate(rows)])
     told("csiq", tmp_path, "row 8: 'snow' is no distortion of CSIQ")
     pd.DataFrame(rows).to_excel(tmp_path / "csiq.DMOS.xlsx", sheet_name="all_by_image")
@@ -328,11 +418,18 @@ def test_tid2013(tmp_path):
     mos = rng.uniform(0.25, 7.2, 3000).round(5)
     (tmp_path / "mos_with_names.txt").write_text("".join(f"{m:.5f} {n}\r\n" for m, n in zip(mos, names, strict=True)))
     (tmp_path / "reference_images").mkdir()
-    fill(tmp_path, [f"distorted_images/{n}" for n in tid_names("i")] + [f"reference_images/I{r:02d}.BMP" for r in range(1, 26)])
+    fill(
+        tmp_path,
+        [f"distorted_images/{n}" for n in tid_names("i")] + [f"reference_images/I{r:02d}.BMP" for r in range(1, 26)],
+    )
     table = load("tid2013", tmp_path)
     check(table, "tid2013", best=names[mos.argmax()].lower(), worst=names[mos.argmin()].lower())
     np.testing.assert_allclose(table.mos, mos)
-    assert table.image[0] == "distorted_images/i01_01_1.bmp" and (table.groupby("ref").size() == 120).all() and table.ref.nunique() == 25
+    assert (
+        table.image[0] == "distorted_images/i01_01_1.bmp"
+        and (table.groupby("ref").size() == 120).all()
+        and table.ref.nunique() == 25
+    )
     by_scene(lambda split: load("tid2013", tmp_path, split))
     told("tid2013", tmp_path / "distorted_images", "one level up", repr(str(tmp_path)))
 
@@ -346,7 +443,9 @@ KADID = [f"I{r:02d}_{d:02d}_{k:02d}.png" for r in range(1, 82) for d in range(1,
 def kadid(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("kadid"), np.random.default_rng(0)
     mos = np.where(np.arange(10125) == 0, 4.93, rng.uniform(1, 4.9, 10125)).round(2)
-    pd.DataFrame(dict(dist_img=KADID, ref_img=[f"{n[:3]}.png" for n in KADID], dmos=mos, var=0.5)).to_csv(root / "dmos.csv", index=False)
+    pd.DataFrame(dict(dist_img=KADID, ref_img=[f"{n[:3]}.png" for n in KADID], dmos=mos, var=0.5)).to_csv(
+        root / "dmos.csv", index=False
+    )
     return fill(root, [f"images/{n}" for n in KADID] + [f"images/I{r:02d}.png" for r in range(1, 82)])
 
 
@@ -360,8 +459,15 @@ def test_kadid(kadid):
 def test_kadid_variants(tmp_path):
     """Another folder, no var and no ref_img: the reference is in the name."""
     (tmp_path / "DMOS.csv").write_text("dist_img,dmos\nI01_01_01.png,1\nI01_02_01.png,5\nI02_01_01.png,3\n")
-    table = load("kadid-10k", fill(tmp_path, [f"distorted_images/{n}" for n in ("I01_01_01.png", "i01_02_01.PNG", "I02_01_01.png")]))
-    assert list(table.score) == [0, 100, 50] and list(table.ref) == ["i01", "i01", "i02"] and table.image[1] == "distorted_images/i01_02_01.PNG"
+    table = load(
+        "kadid-10k",
+        fill(tmp_path, [f"distorted_images/{n}" for n in ("I01_01_01.png", "i01_02_01.PNG", "I02_01_01.png")]),
+    )
+    assert (
+        list(table.score) == [0, 100, 50]
+        and list(table.ref) == ["i01", "i01", "i02"]
+        and table.image[1] == "distorted_images/i01_02_01.PNG"
+    )
 
 
 def test_kadid_edited(tmp_path):
@@ -369,12 +475,18 @@ def test_kadid_edited(tmp_path):
     fill(tmp_path, [f"images/I01_01_0{k}.png" for k in range(1, 6)])
     label = tmp_path / "dmos.csv"
     rows = [f"I01_01_0{k}.png,I01.png,{k},0.5\n" for k in range(1, 6)]
-    for text, words in ((head.replace("dmos", "score") + "".join(rows), ("dmos.csv: has no column 'dmos'; it has dist_img", "dataset='csv'")),
-                        (head + "".join(rows).replace(",0.5", ",?", 1), ("row 1: std '?' is not a number",)),
-                        (head + "".join(rows) + "I01_01_06.png,I01.png,3,0.5\n", ("1 images", "images/I01_01_06.png: no such file")),
-                        (head + "".join(rows) + rows[0], ("row 6: named twice",)),
-                        (head + "".join(rows).replace("png,5,", "png,6,"), ("label 6 is outside the declared 1 to 5",)),
-                        (head, ("has no rows",)), ("", ("cannot be read as .csv",))):
+    for text, words in (
+        (
+            head.replace("dmos", "score") + "".join(rows),
+            ("dmos.csv: has no column 'dmos'; it has dist_img", "dataset='csv'"),
+        ),
+        (head + "".join(rows).replace(",0.5", ",?", 1), ("row 1: std '?' is not a number",)),
+        (head + "".join(rows) + "I01_01_06.png,I01.png,3,0.5\n", ("1 images", "images/I01_01_06.png: no such file")),
+        (head + "".join(rows) + rows[0], ("row 6: named twice",)),
+        (head + "".join(rows).replace("png,5,", "png,6,"), ("label 6 is outside the declared 1 to 5",)),
+        (head, ("has no rows",)),
+        ("", ("cannot be read as .csv",)),
+    ):
         label.write_text(text)
         told("kadid-10k", tmp_path, *words)
 
@@ -388,9 +500,15 @@ def spaq_sheet(path, names, mos):
 SPAQ = [f"{i:05d}.jpg" for i in range(1, 201)]
 
 
-@pytest.mark.parametrize("label, folder", [
-    ("Annotations/MOS and Image attribute scores.xlsx", "TestImage"), ("MOS and Image attribute scores.xlsx", "TestImage"),
-    ("annotations/MOS and image attribute scores.xlsx", "Dataset/TestImage"), ("MOS and Image attribute scores.xlsx", ".")])
+@pytest.mark.parametrize(
+    "label, folder",
+    [
+        ("Annotations/MOS and Image attribute scores.xlsx", "TestImage"),
+        ("MOS and Image attribute scores.xlsx", "TestImage"),
+        ("annotations/MOS and image attribute scores.xlsx", "Dataset/TestImage"),
+        ("MOS and Image attribute scores.xlsx", "."),
+    ],
+)
 def test_spaq(tmp_path, label, folder):
     mos = np.linspace(4.2, 91.5, 200).round(2)
     (tmp_path / label).parent.mkdir(exist_ok=True)
@@ -403,8 +521,13 @@ def test_spaq(tmp_path, label, folder):
 def test_spaq_as_csv(tmp_path):
     """A spreadsheet turned into CSV: names keep their zeros."""
     (tmp_path / "Annotations").mkdir()
-    pd.DataFrame({"Image name": ["007", "NA"], "MOS": [10, 20]}).to_csv(tmp_path / "Annotations" / "MOS_and_Image_attribute_scores.csv", index=False)
-    assert list(load("spaq", fill(tmp_path, ["TestImage/007", "TestImage/NA"])).image) == ["TestImage/007", "TestImage/NA"]
+    pd.DataFrame({"Image name": ["007", "NA"], "MOS": [10, 20]}).to_csv(
+        tmp_path / "Annotations" / "MOS_and_Image_attribute_scores.csv", index=False
+    )
+    assert list(load("spaq", fill(tmp_path, ["TestImage/007", "TestImage/NA"])).image) == [
+        "TestImage/007",
+        "TestImage/NA",
+    ]
 
 
 def test_labels_without_pictures(tmp_path):
@@ -425,7 +548,9 @@ LISTS = {"spaq": ("spaq", SPAQ[:40], (0, 100)), "kadid-10k": ("kadid", KADID[:40
 
 def paper_list(path, short, names, scores, prefix="{}_test/"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([dict(image=prefix.format(short) + n, score=s) for n, s in zip(names, scores, strict=True)]))
+    path.write_text(
+        json.dumps([dict(image=prefix.format(short) + n, score=s) for n, s in zip(names, scores, strict=True)])
+    )
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -434,8 +559,18 @@ def test_paper_list(tmp_path, name, place):
     """A folder with a list and pictures: all of it is the test part, on the set's scale."""
     short, names, (worst, best) = LISTS[name]
     scores = np.linspace(worst + 0.1 * (best - worst), best, 40)
-    home = {"beside": f"{short}-test", "subfolder": f"{short}-test/pictures", "usual folder": FACTS[name].folders[-1], "root": "."}[place]
-    paper_list(tmp_path / (f"{short}_test.json" if place == "root" else f"{short}-test/{short}_test.json"), short, names, scores)
+    home = {
+        "beside": f"{short}-test",
+        "subfolder": f"{short}-test/pictures",
+        "usual folder": FACTS[name].folders[-1],
+        "root": ".",
+    }[place]
+    paper_list(
+        tmp_path / (f"{short}_test.json" if place == "root" else f"{short}-test/{short}_test.json"),
+        short,
+        names,
+        scores,
+    )
     fill(tmp_path, [f"{home}/{n}" for n in names])
     table = raw(name, tmp_path)
     assert set(table.split) == {"test"} and list(table.image) == [n if home == "." else f"{home}/{n}" for n in names]
@@ -465,7 +600,13 @@ def test_paper_list_inside_the_full_set(kadid, tmp_path):
     for entry in kadid.iterdir():
         if not entry.name.startswith("."):
             os.symlink(entry, root / entry.name)
-    told("kadid-10k", root, "split='paper' needs the paper's list of kadid-10k, kadid_test.json or kadid-test/kadid_test.json", "split='none'", split="paper")
+    told(
+        "kadid-10k",
+        root,
+        "split='paper' needs the paper's list of kadid-10k, kadid_test.json or kadid-test/kadid_test.json",
+        "split='none'",
+        split="paper",
+    )
     own = pd.read_csv(root / "dmos.csv").set_index("dist_img").dmos
     picked = KADID[3::50]
     paper_list(root / "kadid-test" / "kadid_test.json", "kadid", picked, [float(v) for v in own[picked]])
@@ -477,7 +618,8 @@ def test_paper_list_inside_the_full_set(kadid, tmp_path):
 
 
 def test_paper_split_loads(tmp_path):
-    """split='paper' of a set whose list is all test goes through load_set: there is nothing to train on, and that is no error."""
+    """split='paper' of a set whose list is all test goes through load_set: there is nothing to train on, and that is no
+    error."""
     short, names, _ = LISTS["spaq"]
     spaq_sheet(tmp_path / "MOS and Image attribute scores.xlsx", SPAQ, 50)
     paper_list(tmp_path / "spaq-test" / "spaq_test.json", short, names, np.linspace(10, 90, 40))
@@ -489,14 +631,19 @@ def test_paper_list_edited(tmp_path):
     short, names, _ = LISTS["agiqa-3k"]
     path = tmp_path / "agiqa_test.json"
     fill(tmp_path, names)
-    for content, words in (([{"picture": n, "score": 1} for n in names], ("has no column 'image'; it has picture, score",)),
-                           ([{"image": n, "stars": 1} for n in names], ("has no column 'score'",)),
-                           ([], ("has no rows",)), ([{"image": "a.jpg", "score": 1}], ("'a.jpg' does not tell its reference",))):
+    for content, words in (
+        ([{"picture": n, "score": 1} for n in names], ("has no column 'image'; it has picture, score",)),
+        ([{"image": n, "stars": 1} for n in names], ("has no column 'score'",)),
+        ([], ("has no rows",)),
+        ([{"image": "a.jpg", "score": 1}], ("'a.jpg' does not tell its reference",)),
+    ):
         path.write_text(json.dumps(content))
         told("agiqa-3k", tmp_path, "agiqa_test.json", *words)
     path.write_text("[{]")
     told("agiqa-3k", tmp_path, "agiqa_test.json: cannot be read as .json")
-    path.write_text(json.dumps({"files": [dict(image=n, score=2.5) for n in names]}))  # a list in an object that holds nothing else
+    path.write_text(
+        json.dumps({"files": [dict(image=n, score=2.5) for n in names]})
+    )  # a list in an object that holds nothing else
     assert load("agiqa-3k", tmp_path).score.eq(50).all()
 
 
@@ -513,7 +660,10 @@ def test_bid(tmp_path):
     """586 numbers, not all of 1 ... 590, and notes below the table."""
     numbers = [n for n in range(1, 591) if n not in (17, 90, 301, 588)]
     grades = np.linspace(0.1, 4.8, 586).round(3)
-    bid_sheet(tmp_path / "DatabaseGrades.xlsx", [(n, float(g)) for n, g in zip(numbers, grades, strict=True)] + [("", ""), ("mean", 2.4)])
+    bid_sheet(
+        tmp_path / "DatabaseGrades.xlsx",
+        [(n, float(g)) for n, g in zip(numbers, grades, strict=True)] + [("", ""), ("mean", 2.4)],
+    )
     fill(tmp_path, [f"DatabaseImage{n:04d}.JPG" for n in numbers])
     table = load("bid", tmp_path)
     check(table, "bid", best="DatabaseImage0590.JPG", worst="DatabaseImage0001.JPG")
@@ -524,7 +674,9 @@ def test_bid_variants(tmp_path):
     rows = [(1, 2.5), (12, 5)]
     bid_sheet(tmp_path / "databasegrades.xlsx", rows, titles=None)
     table = load("bid", fill(tmp_path, ["ImageDatabase/DatabaseImage0001.jpg", "ImageDatabase/DatabaseImage0012.jpg"]))
-    assert list(table.image) == ["ImageDatabase/DatabaseImage0001.jpg", "ImageDatabase/DatabaseImage0012.jpg"] and list(table.score) == [50, 100]
+    assert list(table.image) == ["ImageDatabase/DatabaseImage0001.jpg", "ImageDatabase/DatabaseImage0012.jpg"] and list(
+        table.score
+    ) == [50, 100]
     bid_sheet(tmp_path / "databasegrades.xlsx", [(1, 2.5), ("twelve", 5)])
     told("bid", tmp_path, "row 3: 'twelve' is not the number of a picture")
     bid_sheet(tmp_path / "databasegrades.xlsx", [("a.jpg", 2.5)])
@@ -540,19 +692,31 @@ def test_koniq_layouts(tmp_path):
     names = [f"{i}.jpg" for i in range(40)]
     inner = tmp_path / "a" / "koniq10k_scores_and_distributions"
     inner.mkdir(parents=True)
-    pd.DataFrame(dict(image_name=names, MOS=3, SD=0.5, MOS_zscore=np.linspace(0, 100, 40))).to_csv(inner / "koniq10k_scores_and_distributions.csv", index=False)
+    pd.DataFrame(dict(image_name=names, MOS=3, SD=0.5, MOS_zscore=np.linspace(0, 100, 40))).to_csv(
+        inner / "koniq10k_scores_and_distributions.csv", index=False
+    )
     a = load("koniq-10k", fill(tmp_path / "a", [f"koniq10k_512x384/512x384/{n}" for n in names]))
-    assert np.allclose(a.score, np.linspace(0, 100, 40)) and np.allclose(a["std"], 12.5) and a.image[0] == "koniq10k_512x384/512x384/0.jpg"
+    assert (
+        np.allclose(a.score, np.linspace(0, 100, 40))
+        and np.allclose(a["std"], 12.5)
+        and a.image[0] == "koniq10k_512x384/512x384/0.jpg"
+    )
     assert "votes" not in a
     scores = pd.read_csv(inner / "koniq10k_scores_and_distributions.csv")
     scores.assign(c_total=range(100, 140)).to_csv(inner / "koniq10k_scores_and_distributions.csv", index=False)
-    assert list(load("koniq-10k", tmp_path / "a").votes) == list(range(100, 140))  # how many people there were, where the file tells
+    assert list(load("koniq-10k", tmp_path / "a").votes) == list(
+        range(100, 140)
+    )  # how many people there were, where the file tells
     b = fill(tmp_path / "b", [f"{d}/{n}" for d in ("512x384", "1024x768") for n in names])
     for part, k in (("train", slice(0, 30)), ("test", slice(30, 40))):
         paper_list(b / f"koniq_{part}.json", "koniq", names[k], np.linspace(10, 90, 40)[k])
     table = load("koniq-10k", b, "official", val_fraction=0.2)
     np.testing.assert_allclose(table.score, (np.linspace(10, 90, 40) - 1) / 99 * 100)  # they hold MOS 1-100
-    assert set(table.image.str.split("/").str[0]) == {"1024x768"} and dict(table.split.value_counts()) == {"train": 24, "test": 10, "val": 6}
+    assert set(table.image.str.split("/").str[0]) == {"1024x768"} and dict(table.split.value_counts()) == {
+        "train": 24,
+        "test": 10,
+        "val": 6,
+    }
     (b / "1024x768" / "3.jpg").unlink()
     told("koniq-10k", b, "1 images", "1024x768/3.jpg: no such file")  # not filled up from the other size
     (b / "koniq_test.json").unlink()
@@ -573,19 +737,32 @@ def test_biq2021_half(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "xlsx"])
 def test_own_labels(tmp_path, kind):
     """Every kind of label file gives the same table, and names that look like numbers or like nothing stay names."""
-    frame = pd.DataFrame(dict(image=["007", "NA", "1e5"], mos=[1.0, 3.0, 5.0], std=[0.4, 0.8, 0.2], ref=["x", "x", "y"]))
+    frame = pd.DataFrame(
+        dict(image=["007", "NA", "1e5"], mos=[1.0, 3.0, 5.0], std=[0.4, 0.8, 0.2], ref=["x", "x", "y"])
+    )
     path = tmp_path / f"labels.{kind}"
-    {"csv": lambda: frame.to_csv(path, index=False), "tsv": lambda: frame.to_csv(path, index=False, sep="\t"), "parquet": lambda: frame.to_parquet(path),
-     "json": lambda: frame.to_json(path, orient="records"), "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
-     "xlsx": lambda: frame.to_excel(path, index=False)}[kind]()
+    {
+        "csv": lambda: frame.to_csv(path, index=False),
+        "tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
+        "parquet": lambda: frame.to_parquet(path),
+        "json": lambda: frame.to_json(path, orient="records"),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "xlsx": lambda: frame.to_excel(path, index=False),
+    }[kind]()
     table = load("csv", fill(tmp_path, ["007", "NA", "1e5"]), labels=path.name, score_range="1,5")
-    assert list(table.image) == ["007", "NA", "1e5"] and list(table.score) == [0, 50, 100] and np.allclose(table["std"], [10, 20, 5])
-    assert list(table.ref) == ["x", "x", "y"] and list(load("csv", tmp_path, labels=path.name, score_range="5,1").score) == [100, 50, 0]
+    assert (
+        list(table.image) == ["007", "NA", "1e5"]
+        and list(table.score) == [0, 50, 100]
+        and np.allclose(table["std"], [10, 20, 5])
+    )
+    assert list(table.ref) == ["x", "x", "y"] and list(
+        load("csv", tmp_path, labels=path.name, score_range="5,1").score
+    ) == [100, 50, 0]
 
 
 # --- wrong folders
 
-PICTURED = sorted(set(LOADERS) - {"csv", "demo"})
+PICTURED = sorted(set(FACTS) - {"csv", "demo"})
 
 
 @pytest.mark.parametrize("name", PICTURED)

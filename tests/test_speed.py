@@ -19,11 +19,35 @@ def record_of(name, out, **parameters):
 
 def test_speed(tmp_path):
     """Every part but the compiler, one turn each: both sides compute the same function, and every ratio is there."""
-    few = dict(profile="demo", models="lite", repeats=1, images=1, crops=2, batches="2", batch_size=4, train_steps=1, data_batches=1, limit=8, threads=1)
-    record = record_of("speed", tmp_path, what="limit,kernels,scoring,files,training,data,steps,ranking", cache=str(tmp_path / "cache"), **few)
+    few = dict(
+        profile="demo",
+        models="lite",
+        repeats=1,
+        images=1,
+        crops=2,
+        batches="2",
+        batch_size=4,
+        train_steps=1,
+        data_batches=1,
+        limit=8,
+        threads=1,
+    )
+    record = record_of(
+        "speed",
+        tmp_path,
+        what="limit,kernels,scoring,files,training,data,steps,ranking",
+        cache=str(tmp_path / "cache"),
+        **few,
+    )
     assert {r["what"] for r in record["ratios"]} == {"scoring", "scoring files", "training", "data"}
-    assert {(r["what"], r["batch"]) for r in record["against_limit"]} == {("scoring", 2), ("training", 2)} and set(record["kernels"]) == {"2"}
-    assert set(record["same_function"]) == {"lite", "lite, trained"} and record["srcc"]["pictures"] == 8 and not record["compiled"]
+    assert {(r["what"], r["batch"]) for r in record["against_limit"]} == {("scoring", 2), ("training", 2)} and set(
+        record["kernels"]
+    ) == {"2"}
+    assert (
+        set(record["same_function"]) == {"lite", "lite, trained"}
+        and record["srcc"]["pictures"] == 8
+        and not record["compiled"]
+    )
 
 
 def test_behaviour(tmp_path):
@@ -39,5 +63,7 @@ def test_policies(tmp_path):
     before = file.read_bytes()
     evaluation = next((ROOT / "nbs" / "results" / "embedded").glob("evaluate-*"))
     few = dict(counts="1,3", whole=False, draws=50, limit=24, threads=1)
-    record = record_of("policies", tmp_path, evaluation=str(evaluation), root=str(DATA / "biq2021"), write=str(file), **few)
+    record = record_of(
+        "policies", tmp_path, evaluation=str(evaluation), root=str(DATA / "biq2021"), write=str(file), **few
+    )
     assert len(record["ways"]) >= 3 and record["policy"]["crops"] == 20 and file.read_bytes() == before

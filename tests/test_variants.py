@@ -1,6 +1,9 @@
-"""The paper's own AFA, afa="projected": counted, recomputed by hand, saved and loaded, trained, exported; and concat left as it was."""
+"""The head of the paper's text, "projected": counted, recomputed by hand, saved and loaded, trained, exported; and
+"hyper" left as it was."""
+
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ KEYS = Path(__file__).parent / "reference" / "checkpoint_keys"
 
 def paper(**arguments) -> SmartIQA:
     torch.manual_seed(0)  # whatever ran before
-    return SmartIQA(**dict(backbone="test_efficientnet", afa="projected", dropout=0.0) | arguments)
+    return SmartIQA(**dict(backbone="test_efficientnet", head="projected", dropout=0.0) | arguments)
 
 
 def shaken(model: SmartIQA, seed: int = 1) -> SmartIQA:
@@ -40,8 +43,8 @@ def shaken(model: SmartIQA, seed: int = 1) -> SmartIQA:
         for name, p in model.named_parameters():
             if not name.startswith("backbone."):
                 p.add_(0.3 * torch.randn_like(p) * (p.std() if p.dim() > 1 else 1.0))
-        if model.gate is not None:
-            model.gate.layers[2].bias.copy_(torch.tensor([-2.0, -0.5, 0.7, 2.5]))
+        if model.head.gate is not None:
+            model.head.gate.layers[2].bias.copy_(torch.tensor([-2.0, -0.5, 0.7, 2.5]))
     return model.eval()
 
 
@@ -49,20 +52,30 @@ def crops(n: int = 3, side: int = 96, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-# -- what it is -----------------------------------------------------------------------------------------------------------
+# -- what it is --------------------------------------------------------------------------------------------------------
 def linear(i, o):
     return i * o + o
 
 
 def backbone_parameters(size: str) -> int:
     """Counted in the published key lists."""
-    lines = [line.split("\t") for line in (KEYS / f"{size}-single.txt").read_text().splitlines() if line.startswith("swin.backbone.")]
-    shapes = {k: [int(n) for n in re.findall(r"\d+", s)] for k, s in lines if not k.endswith(("relative_position_index", "attn_mask"))}
+    lines = [
+        line.split("\t")
+        for line in (KEYS / f"{size}-single.txt").read_text().splitlines()
+        if line.startswith("swin.backbone.")
+    ]
+    shapes = {
+        k: [int(n) for n in re.findall(r"\d+", s)]
+        for k, s in lines
+        if not k.endswith(("relative_position_index", "attn_mask"))
+    }
     return sum(int(np.prod(s)) for s in shapes.values())
 
 
 @pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize("size, channels, golden", [("tiny", (96, 192, 384, 768), 29_857_503), ("base", (128, 256, 512, 1024), 89_490_461)])
+@pytest.mark.parametrize(
+    "size, channels, golden", [("tiny", (96, 192, 384, 768), 29_857_503), ("base", (128, 256, 512, 1024), 89_490_461)]
+)
 def test_parameters(size, channels, golden, gate):
     """By formula from the paper's widths and a rank of 8, to the last one."""
     last, rank = channels[3], 8
@@ -73,12 +86,13 @@ def test_parameters(size, channels, golden, gate):
     attention = linear(last, 128) + linear(128, 4)
     want = backbone_parameters(size) + projections + stem + first + second + attention * gate
     assert want == golden - attention * (not gate)
-    assert sum(p.numel() for p in SmartIQA(size, afa="projected", use_attention=gate).parameters()) == want
+    assert sum(p.numel() for p in SmartIQA(size, head="projected", use_attention=gate).parameters()) == want
 
 
 @pytest.mark.parametrize("gate, rank, side", [(True, 8, 96), (False, 8, 96), (True, 3, 160)])
 def test_forward_by_hand(gate, rank, side):
-    """Scores and gate again, picture by picture, in plain torch with the whole 128 x 100,352 matrix, from the state dict alone."""
+    """Scores and gate again, picture by picture, in plain torch with the whole 128 x 100,352 matrix, from the state
+    dict alone."""
     model = shaken(paper(use_attention=gate, rank=rank))
     w, x = model.state_dict(), crops(side=side)
     with torch.no_grad():
@@ -86,7 +100,10 @@ def test_forward_by_hand(gate, rank, side):
         for k in range(3):
             stages = [torch.nn.functional.adaptive_avg_pool2d(m[k], 7) for m in maps]
             flat = [s.reshape(len(s), 49) for s in stages]
-            projected = [(w[f"project.convs.{i}.weight"][:, :, 0, 0] @ f + w[f"project.convs.{i}.bias"][:, None]).clamp(min=0) for i, f in enumerate(flat)]
+            projected = [
+                (w[f"project.convs.{i}.weight"][:, :, 0, 0] @ f + w[f"project.convs.{i}.bias"][:, None]).clamp(min=0)
+                for i, f in enumerate(flat)
+            ]
             alpha = torch.ones(4)
             if gate:
                 h = (w["gate.layers.0.weight"] @ maps[3][k].mean((1, 2)) + w["gate.layers.0.bias"]).clamp(min=0)
@@ -97,7 +114,10 @@ def test_forward_by_hand(gate, rank, side):
             for i in (0, 2, 4):
                 h = (w[f"hyper.stem.{i}.weight"][:, :, 0, 0] @ h + w[f"hyper.stem.{i}.bias"][:, None]).clamp(min=0)
             c = h.mean(1)
-            made = {n: w[f"hyper.{n}.weight"] @ c + w[f"hyper.{n}.bias"] for n in ("factor", "last_weight", "biases.0", "biases.1")}
+            made = {
+                n: w[f"hyper.{n}.weight"] @ c + w[f"hyper.{n}.bias"]
+                for n in ("factor", "last_weight", "biases.0", "biases.1")
+            }
             W1 = made["factor"].reshape(128, rank) @ w["hyper.basis.weight"]
             assert z.shape == (100_352,) and W1.shape == (128, 100_352)
             hidden = 1 / (1 + torch.exp(-(W1 @ z + made["biases.0"])))
@@ -114,7 +134,7 @@ def test_gate_is_a_sigmoid():
         a = model.last_attention_weights
         assert a.shape == (3, 4) and (a > 0).all() and (a < 1).all() and (a.sum(1) - 1).abs().min() > 0.3
         for k in range(4):
-            bias = model.gate.layers[2].bias
+            bias = model.head.gate.layers[2].bias
             kept = bias.clone()
             bias[k] += 3.0
             after = model(x)
@@ -122,7 +142,7 @@ def test_gate_is_a_sigmoid():
             assert moved[k] > 0.05 and (moved > 1e-6).sum() == 1  # a softmax would move the others too
             assert (after - before).abs().max() > 1e-3
             bias.copy_(kept)
-        model.gate.layers[2].bias.fill_(50)
+        model.head.gate.layers[2].bias.fill_(50)
         model(x)
         assert torch.allclose(model.last_attention_weights, torch.ones(3, 4))
 
@@ -138,7 +158,11 @@ def test_fresh_model_is_healthy(arguments):
     assert torch.allclose(scores - before, torch.full((4,), 55.0), atol=1e-3)
     assert scores.isfinite().all() and (scores - 55).abs().max() < 10 and scores.std() > 1e-3
     model.train()(x).square().mean().backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0]
+    silent = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0
+    ]
     assert not silent, silent
 
 
@@ -150,7 +174,9 @@ def test_batch_is_its_parts(arguments):
         attention = model.last_attention_weights
         alone = torch.cat([model(i[None]) for i in x])
     assert together.std() > 1e-2
-    assert torch.allclose(together, alone, atol=1e-3) and torch.allclose(model.last_attention_weights, attention[2:], atol=1e-5)
+    assert torch.allclose(together, alone, atol=1e-3) and torch.allclose(
+        model.last_attention_weights, attention[2:], atol=1e-5
+    )
 
 
 def test_dropout_spares_the_score():
@@ -162,7 +188,7 @@ def test_dropout_spares_the_score():
     assert scores.min() > 500 and scores.max() < 1500 and scores.std() > 0
 
 
-# -- saved and loaded -----------------------------------------------------------------------------------------------------
+# -- saved and loaded --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments", [{}, dict(use_attention=False), dict(rank=3)], ids=str)
 def test_round_trip(arguments, tmp_path):
     """Checkpoint and folder hold the same model to the bit; the header names variant and rank."""
@@ -171,7 +197,7 @@ def test_round_trip(arguments, tmp_path):
     model.save_pretrained(tmp_path / "folder")
     with safe_open(tmp_path / "a.safetensors", "pt") as f:
         header = json.loads(f.metadata()["smart_iqa"])
-    assert (header["afa"], header["rank"]) == ("projected", arguments.get("rank", 8))
+    assert (header["head"], header["rank"]) == ("projected", arguments.get("rank", 8))
     for again in (load_checkpoint(tmp_path / "a.safetensors"), SmartIQA.from_pretrained(tmp_path / "folder")):
         assert again.arguments == model.arguments and not again.training
         with torch.no_grad():
@@ -181,22 +207,46 @@ def test_round_trip(arguments, tmp_path):
 @pytest.mark.parametrize("gate, rank", [(True, 8), (False, 2)])
 def test_bare_state_dict_is_detected(gate, rank, tmp_path):
     """No header: the keys tell variant, gate and rank."""
-    model = SmartIQA("tiny", afa="projected", use_attention=gate, rank=rank).eval()
+    model = SmartIQA("tiny", head="projected", use_attention=gate, rank=rank).eval()
     torch.save(model.state_dict(), tmp_path / "bare.pkl")
     again = load_checkpoint(tmp_path / "bare.pkl")
-    assert again.arguments == model.arguments | dict(drop_path=again.arguments["drop_path"], dropout=again.arguments["dropout"])
+    assert again.arguments == model.arguments | dict(
+        drop_path=again.arguments["drop_path"], dropout=again.arguments["dropout"]
+    )
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 
 
-def test_headers_of_before(tmp_path):
-    """A checkpoint whose arguments know no afa is a concat model, unchanged."""
-    model, x = SmartIQA(backbone="test_efficientnet").eval(), crops()
-    old = {k: v for k, v in model.arguments.items() if k != "afa"}
-    assert len(old) == len(model.arguments) - 1 and "rank" not in old
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "old.safetensors", metadata={"smart_iqa": json.dumps(old)})
+@pytest.mark.parametrize(
+    "arguments, stored",
+    [
+        ({}, {}),
+        ({}, dict(afa="concat")),
+        (dict(head="plain"), dict(afa="concat")),
+        (dict(head="projected"), dict(afa="projected", head="hyper", rank=8)),
+    ],
+    ids=str,
+)
+def test_headers_of_before(arguments, stored, tmp_path):
+    """Headers had a field afa, and older ones had not; both load to the same numbers."""
+    model, x = SmartIQA(backbone="test_efficientnet", **arguments).eval(), crops()
+    old = model.arguments | stored
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"smart_iqa": json.dumps(old)})
     again = load_checkpoint(tmp_path / "old.safetensors")
+    assert again.arguments == model.arguments
     with torch.no_grad():
-        assert again.arguments == model.arguments and torch.equal(again(x), model(x))
+        assert torch.equal(again(x), model(x))
+
+
+def test_runs_of_before():
+    """A stored configuration with afa is the same run under the same id."""
+    ids = {"concat": "biq2021-lite-s0-f62093fdbc", "projected": "biq2021-lite-s0-b2d06a4ded"}
+    for afa, known in ids.items():
+        stored = asdict(make_config("lite")) | dict(afa=afa)
+        assert run_id(make_config(**stored), "data") == known
+    assert make_config(**stored) == make_config("lite", head="projected")
+    assert run_id(make_config("paper"), "data") == "koniq-10k-base-s42-e57f16698f"
+    assert run_id(make_config("demo", head="plain"), "data") == "demo-lite-s0-8bfab0b097"
 
 
 def test_variants_are_not_mistaken(tmp_path):
@@ -204,43 +254,67 @@ def test_variants_are_not_mistaken(tmp_path):
     a, b = paper(), SmartIQA(backbone="test_efficientnet")
     heads = [{k for k in m.state_dict() if not k.startswith("backbone.")} for m in (a, b)]
     assert heads[0] - heads[1] and heads[1] - heads[0] and not any("gate" in k for k in heads[0] & heads[1])
-    save_file({k: v.contiguous() for k, v in a.state_dict().items()}, tmp_path / "x.safetensors", metadata={"smart_iqa": json.dumps(b.arguments)})
+    save_file(
+        {k: v.contiguous() for k, v in a.state_dict().items()},
+        tmp_path / "x.safetensors",
+        metadata={"smart_iqa": json.dumps(b.arguments)},
+    )
     with pytest.raises(CheckpointError, match=r"missing: lda.*extra: .*hyper\.basis"):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (dict(afa="paper"), "unknown afa 'paper'.*concat, projected"),
-    (dict(use_multiscale=False, use_attention=False), "use_multiscale=False"), (dict(use_multiscale=False), "use_multiscale=False"),
-    (dict(head="plain"), "head='plain'.*concat"), (dict(rank=0), "rank=0"), (dict(rank=129), "rank=129.*128")], ids=str)
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (dict(head="paper"), "unknown head 'paper'.*hyper, plain, projected"),
+        (dict(use_multiscale=False, use_attention=False), "use_multiscale=False"),
+        (dict(use_multiscale=False), "use_multiscale=False"),
+        (dict(head="plain", rank=3), "option of head 'plain' 'rank'"),
+        (dict(rank=0), "rank=0"),
+        (dict(rank=129), "rank=129.*128"),
+    ],
+    ids=str,
+)
 def test_what_it_cannot_do(arguments, told):
     with pytest.raises(ValueError, match=told):
         paper(**arguments)
 
 
-# -- in a run -------------------------------------------------------------------------------------------------------------
+# -- in a run ----------------------------------------------------------------------------------------------------------
 def test_configuration_reaches_the_model():
-    """Concat unless asked; the name of the run changes; a wrong word is an error."""
+    """Hyper unless asked; the name of the run changes; a wrong word is an error."""
     values = dict(backbone="test_efficientnet", pretrained="none", device="cpu")
-    models = {afa: make_model(make_config("lite", afa=afa, **values)) for afa in (None, "concat", "projected")}
-    assert [m.arguments["afa"] for m in models.values()] == ["concat", "concat", "projected"] and make_config("paper").afa == "concat"
-    assert build_model("smart", backbone="test_efficientnet").arguments["afa"] == "concat" and not hasattr(HyperIQA(), "project")
-    assert len({run_id(make_config("lite", afa=afa), "t") for afa in (None, "concat", "projected")}) == 2
-    with pytest.raises(ValueError, match="afa='paper': choose one of concat, projected"):
+    models = {head: make_model(make_config("lite", head=head, **values)) for head in (None, "hyper", "projected")}
+    assert [m.arguments["head"] for m in models.values()] == ["hyper", "hyper", "projected"]
+    assert make_config("paper").head == "hyper"
+    assert build_model("smart", backbone="test_efficientnet").arguments["head"] == "hyper"
+    assert not hasattr(HyperIQA().head, "project")
+    assert len({run_id(make_config("lite", head=head), "t") for head in (None, "hyper", "projected")}) == 2
+    with pytest.raises(ValueError, match="unknown head 'paper'"):
+        make_model(make_config("lite", head="paper", **values))
+    with pytest.raises(ValueError, match="unknown parameter 'afa'"):
         make_config("lite", afa="paper")
 
 
 def test_start_from_the_other_variant_is_refused(tmp_path):
     save_checkpoint(paper(), tmp_path / "start.safetensors")
-    cfg = make_config("lite", backbone="test_efficientnet", pretrained="none", device="cpu", dropout=0.0, init=str(tmp_path / "start.safetensors"))
+    cfg = make_config(
+        "lite",
+        backbone="test_efficientnet",
+        pretrained="none",
+        device="cpu",
+        dropout=0.0,
+        init=str(tmp_path / "start.safetensors"),
+    )
     with pytest.raises(ValueError, match="init=.*projected"):
         make_model(cfg)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_it_trains(frozen, standin, tmp_path):
-    """All of it moves, or with frozen features the heads alone; the loss falls; attention goes into the table and its figure."""
-    cfg = small_config(standin, afa="projected", frozen=frozen, epochs=25 if frozen else 4, lr=3e-3, dropout=0.0)
+    """All of it moves, or with frozen features the heads alone; the loss falls; attention goes into the table and its
+    figure."""
+    cfg = small_config(standin, head="projected", frozen=frozen, epochs=25 if frozen else 4, lr=3e-3, dropout=0.0)
     _, feed, model = prepare(cfg)
     if frozen:
         feed = FrozenFeed(model, feed.cache, feed.table, cfg, feed.device)
@@ -259,8 +333,9 @@ def test_it_trains(frozen, standin, tmp_path):
 
 
 def test_frozen_features_serve_both(standin):
-    """Both variants read the same pooled maps, so a file of features is one for both, and scores by it are the whole model's."""
-    cfg = small_config(standin, afa="projected")
+    """Both variants read the same pooled maps, so a file of features is one for both, and scores by it are the whole
+    model's."""
+    cfg = small_config(standin, head="projected")
     _, feed, model = prepare(cfg)
     other = make_model(small_config(standin)).eval()
     other.backbone.load_state_dict(model.backbone.state_dict())
@@ -273,7 +348,7 @@ def test_frozen_features_serve_both(standin):
     np.testing.assert_allclose(predict(model, frozen, "test", 4).pred, predict(model, feed, "test", 4).pred, atol=0.1)
 
 
-# -- used -----------------------------------------------------------------------------------------------------------------
+# -- used --------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def scorer():
     model = shaken(paper())

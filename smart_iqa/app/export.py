@@ -31,7 +31,6 @@ from ..crops import MEAN, STD
 from ..demo import photograph
 from ..files import replacing
 from ..metrics import compare, srcc
-from ..heads import GRID, LDA_GRIDS
 from ..model import CheckpointError
 from .scoring import Calibration, Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer
 
@@ -128,11 +127,14 @@ class _Graph(nn.Module):
         super().__init__()
         self.model = fold_batchnorm(copy.deepcopy(model).cpu().float().eval().requires_grad_(False))
         with torch.no_grad():
-            sides = [m.shape[-1] for m in self.model.features(torch.zeros(1, 3, crop, crop))]
-        content = sides if self.model.use_multiscale else sides[3:]
-        self.stages = [*range(4), *range(4 - len(content), 4)]  # which map each matrix pools
-        for k, (side, grid) in enumerate(zip(sides + content, [*LDA_GRIDS, *[GRID] * len(content)])):
-            self.register_buffer(f"pool{k}", F.adaptive_avg_pool1d(torch.eye(side)[None], grid)[0])  # (side, grid)
+            maps = self.model.features(torch.zeros(1, 3, crop, crop))
+            self.model.head(self.model.pool(maps))  # whether it has attention shows when it ran
+        sides = [m.shape[-1] for m in maps]
+        self.outputs = ["score", "attention"][: 1 if self.model.head.attention is None else 2]
+        self.stages = [stage - 1 for stage, _ in self.model.head.needs]  # which map each matrix pools
+        for k, (stage, grid) in enumerate(self.model.head.needs):
+            pool = F.adaptive_avg_pool1d(torch.eye(sides[stage - 1])[None], grid)[0]  # (side, grid)
+            self.register_buffer(f"pool{k}", pool)
         for name, value in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1) * 255)
 
@@ -140,7 +142,7 @@ class _Graph(nn.Module):
         maps = self.model.features((crops.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std)
         pools = [getattr(self, f"pool{k}") for k in range(len(self.stages))]
         scores = self.model.head([a.T @ maps[s] @ a for s, a in zip(self.stages, pools)])
-        attention = self.model.last_attention_weights
+        attention = self.model.head.attention
         return (scores,) if attention is None else (scores, attention)
 
 # %% ../../nbs/app/export.ipynb #a65b9729
@@ -166,10 +168,10 @@ def _about(scorer: Scorer) -> dict[str, str]:
 
 
 def _trace(graph: nn.Module, crop: int):  # -> onnx.ModelProto, the batch free
-    names = ["score", "attention"][: 1 if graph.model.gate is None else 2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the weights of the gate are kept as an attribute
-        program = torch.onnx.export(graph, (torch.zeros(2, crop, crop, 3, dtype=torch.uint8),), dynamo=True, input_names=["crops"], output_names=names,
+        program = torch.onnx.export(graph, (torch.zeros(2, crop, crop, 3, dtype=torch.uint8),), dynamo=True,
+                                    input_names=["crops"], output_names=graph.outputs,
                                     dynamic_shapes=dict(crops={0: torch.export.Dim("batch")}), verbose=False)
     proto = program.model_proto
     for part in (proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer, *proto.graph.value_info):

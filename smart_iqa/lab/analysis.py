@@ -483,7 +483,7 @@ def contact_sheet(
 def watched(
     module: nn.Module,  # any part of a model
 ) -> Iterator[list]:  # its outputs, a forward pass each
-    "Collect what a module returns while the block lasts: with watched(model.gate) as seen: model(x)."
+    "Collect what a module returns while the block lasts: with watched(model.head.gate) as seen: model(x)."
     seen = []
     handle = module.register_forward_hook(lambda m, given, output: seen.append(output))
     try:

@@ -7,7 +7,7 @@ __all__ = ['MACHINES', 'PHASES', 'PlannedRun', 'batch_runs', 'kind_of', 'kind_na
            'measure_images', 'matmul_rate', 'Machine', 'describe', 'kind_key', 'images_key', 'measure', 'machine_here',
            'Cost', 'cost_of', 'Estimate', 'estimate', 'against', 'estimate_text']
 
-# %% ../../nbs/lab/estimate.ipynb #5f1325f4
+# %% ../../nbs/lab/estimate.ipynb #c1f2e1f8
 import json
 import math
 import resource
@@ -35,7 +35,7 @@ from .runs import RunError, read_run
 from .studies import RECIPES, Study, config_of, pick_studies, split_sizes, studies_of, study_runs
 from ..training import CropFeed, Solver, add_gradients, make_model, take_step
 
-# %% ../../nbs/lab/estimate.ipynb #71d23013
+# %% ../../nbs/lab/estimate.ipynb #d7823064
 @dataclass(frozen=True)
 class PlannedRun:
     "A run that a batch starts."
@@ -87,7 +87,7 @@ def batch_runs(
             runs[run.key] = replace(before, experiments=tuple(dict.fromkeys((*before.experiments, name))))
     return list(runs.values()), left_out
 
-# %% ../../nbs/lab/estimate.ipynb #5c6e4a7a
+# %% ../../nbs/lab/estimate.ipynb #b6a389a7
 def _seconds(work: Callable, device: torch.device, repeats: int, clock: Callable = time.perf_counter) -> float:
     "The median of a few calls after one that warms up."
     taken = []
@@ -109,8 +109,8 @@ def _peak(device: torch.device) -> int:
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 - psutil.Process().memory_info().shared
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
-# %% ../../nbs/lab/estimate.ipynb #5d8011d5
-_MODEL = ("head", "model_size", "backbone", "use_multiscale", "use_attention", "afa")  # HyperIQA takes none of them
+# %% ../../nbs/lab/estimate.ipynb #9a9466b7
+_MODEL = ("head", "model_size", "backbone", "use_multiscale", "use_attention")  # HyperIQA takes none of them
 _STEP = ("method", "crop", "batch_size", "frozen", "freeze_batchnorm", "amp", "device", "threads", "optimizer")
 
 
@@ -124,11 +124,11 @@ def kind_name(kind: dict) -> str:
     "Describe a kind in words."
     model = "HyperIQA" if kind["method"] == "hyperiqa" else kind["backbone"] or kind["model_size"]
     parts = [model, f"{kind['batch_size']} x {kind['crop']}²"]
-    changed = [k for k in ("head", "use_multiscale", "use_attention", "afa") if kind[k] != getattr(Config, k)]
+    changed = [k for k in ("head", "use_multiscale", "use_attention") if kind[k] != getattr(Config, k)]
     parts += [f"{k}={kind[k]}" for k in changed]
     return ", ".join(parts + ["on frozen features"] * kind["frozen"] + ["EMA"] * bool(kind["ema"]))
 
-# %% ../../nbs/lab/estimate.ipynb #0d73a77d
+# %% ../../nbs/lab/estimate.ipynb #a9fe77bf
 class _Heads(CropFeed):
     "A feed whose inputs are pooled features."
 
@@ -159,7 +159,7 @@ def _train(model, cfg: Config, device: torch.device, batch: int, repeats: int) -
 def _crops(cfg: Config, device: torch.device, batch: int) -> torch.Tensor:
     return torch.randn(batch, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)
 
-# %% ../../nbs/lab/estimate.ipynb #becb9980
+# %% ../../nbs/lab/estimate.ipynb #901bc88c
 def memory_free(device: torch.device) -> float:
     "Return the bytes that are free: of the device, or of the machine."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -205,7 +205,7 @@ def _forward(model, cfg: Config, device: torch.device, batch: int, repeats: int)
     return dict(scored=_seconds(lambda: feed.score(scorer, crops), device, repeats) / batch,
                 values=sum(t.numel() for t in model.pool(maps)), moments=sum(2 * m.shape[1] for m in maps))
 
-# %% ../../nbs/lab/estimate.ipynb #bfa8ae84
+# %% ../../nbs/lab/estimate.ipynb #5879eaab
 def _sample(cfg: Config, n: int, folder: Path) -> list[Path]:
     if cfg.root is None and cfg.dataset != "demo":
         render_koniq(folder / "set", 20, progress=False)
@@ -233,7 +233,7 @@ def measure_images(
         crop = _seconds(lambda: [normalise(x) for x, _ in crop_batches(cache, plan, cfg.crop, cfg.batch_size)], cpu, 2)
     return dict(decode=decode, crop=crop / len(plan), pixels=float(np.mean([x.size for x in pixels])))
 
-# %% ../../nbs/lab/estimate.ipynb #8db6882e
+# %% ../../nbs/lab/estimate.ipynb #7f0813a4
 def matmul_rate(
     dtype: torch.dtype,
     device: torch.device,
@@ -250,7 +250,7 @@ def matmul_rate(
         rates.append(2 * n**3 / best / 1e12)
     return max(rates)
 
-# %% ../../nbs/lab/estimate.ipynb #bea78340
+# %% ../../nbs/lab/estimate.ipynb #8abb484c
 MACHINES = {  # dense bf16 TFLOPS with fp32 accumulation and memory of one device, from its maker's data sheet
     "a100-40gb": dict(tflops=312, memory_gb=40),
     "a100-80gb": dict(tflops=312, memory_gb=80),
@@ -293,7 +293,7 @@ def describe(words: str) -> Machine:
                          f"or name one of {', '.join(MACHINES)}")
     return Machine(**machine)
 
-# %% ../../nbs/lab/estimate.ipynb #06ef0776
+# %% ../../nbs/lab/estimate.ipynb #de43465c
 def kind_key(cfg: Config) -> str:
     return fingerprint(kind_of(cfg))
 
@@ -320,7 +320,7 @@ def _fresh(kind: dict, steps: int) -> dict:
         raise RunError(f"{kind_name(kind)}: cannot be measured: {(done.stderr.strip().splitlines() or [killed])[-1]}")
     return json.loads(line[5:]) | dict(measured=time.strftime("%Y-%m-%d %H:%M"))
 
-# %% ../../nbs/lab/estimate.ipynb #4df5fd4c
+# %% ../../nbs/lab/estimate.ipynb #ecae290c
 def _this_machine(cfg: Config) -> dict:
     env, device = environment(), pick_device(cfg.device)
     here = {k: env[k] for k in ("python", "system", "cpu", "cores", "gpu", "packages")} | dict(code=code_digest())
@@ -369,7 +369,7 @@ def machine_here(
     cores, free = timings["machine"]["affinity"], psutil.disk_usage(str(folder)).free
     return Machine("this machine", timings["tflops"]["bf16"], memory / 1e9, devices, cores, free / 1e9, described=False)
 
-# %% ../../nbs/lab/estimate.ipynb #b9403e98
+# %% ../../nbs/lab/estimate.ipynb #69320e05
 PHASES = ("start", "train", "validate", "score")  # seconds of a run alone
 _KEPT, _ROW = 2e6, 250  # bytes of a finished run's notebook, figures and records; of a row of predictions.csv
 
@@ -419,7 +419,7 @@ def cost_of(run: PlannedRun, timings: dict, machine: Machine) -> Cost:
     memory -= step["base"] if machine.described else 0
     return Cost(seconds, shared, memory, kept + 2 * point * trains, kept, one, feed)
 
-# %% ../../nbs/lab/estimate.ipynb #a1517176
+# %% ../../nbs/lab/estimate.ipynb #923fd018
 def _shared(run: PlannedRun, step: dict, images: dict, machine: Machine, scored: float, opened: int) -> dict:
     "What a run finds where another has made it: name to (what, seconds, bytes)."
     cfg, everything, train = run.cfg, sum(run.sizes.values()), run.sizes.get("train", 0)
@@ -440,7 +440,7 @@ def _shared(run: PlannedRun, step: dict, images: dict, machine: Machine, scored:
         add("baseline's features", (everything - train) * cfg.test_crops, step["moments"], "opened")
     return pieces
 
-# %% ../../nbs/lab/estimate.ipynb #3517308c
+# %% ../../nbs/lab/estimate.ipynb #52219078
 def _gb(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n < 9.5e11 else f"{n / 1e12:.1f} TB"
 
@@ -476,7 +476,7 @@ class Estimate:
             *(f"PROBLEM: {p}" for p in self.problems), *(f"assumed: {a}" for a in self.assumptions),
             *(f"not in the estimate: {k}: {v}" for k, v in self.left_out.items())])
 
-# %% ../../nbs/lab/estimate.ipynb #8c5894b1
+# %% ../../nbs/lab/estimate.ipynb #637fa7d8
 def _fitting(step: dict, cfg: Config, room: float) -> str:
     "The largest batch that fits, with the accumulation that keeps the step."
     fits = [b for b in range(1, cfg.batch_size) if step_memory(step, b) <= room]
@@ -518,7 +518,6 @@ def _assumptions(runs: list[PlannedRun], timings: dict, machine: Machine) -> lis
     said = {
         f"measured {max(s['measured'] for s in steps)} under the load of that time; another load is another time": True,
         "as many epochs as are set; patience may stop earlier": any(0 < r.cfg.patience < r.cfg.epochs for r in runs),
-        "runs of several processes take as long as with one": any(r.cfg.processes > 1 for r in runs),
         "not counted: near-duplicates, intervals, figures, and the notebooks of the experiments themselves": True,
         f"a model reaches the same fraction of the rate of matrix products on {machine.name}": machine.described,
         f"images of {', '.join(unknown)} are as large as KonIQ-10k's: root was not given": unknown,
@@ -526,7 +525,7 @@ def _assumptions(runs: list[PlannedRun], timings: dict, machine: Machine) -> lis
     }
     return [text for text, holds in said.items() if holds]
 
-# %% ../../nbs/lab/estimate.ipynb #8e8fd043
+# %% ../../nbs/lab/estimate.ipynb #db4c52d9
 def _table(runs: list[PlannedRun], costs: list[Cost]) -> tuple[pd.DataFrame, pd.DataFrame]:
     "The costs as one row per run, where the first run that needs a shared piece pays for it, and the pieces."
     rows, pieces = [], {}
@@ -553,7 +552,7 @@ def _kinds(runs, costs, timings: dict, machine: Machine, at_once: int) -> tuple[
         problems += _problems_of(name, cfg, step, cost, machine, at_once)
     return pd.DataFrame(kinds), problems
 
-# %% ../../nbs/lab/estimate.ipynb #d7f786ba
+# %% ../../nbs/lab/estimate.ipynb #11efd375
 def estimate(
     runs: list[PlannedRun],
     timings: dict,  # of `measure`
@@ -582,7 +581,7 @@ def estimate(
     said = _assumptions(runs, timings, machine)
     return Estimate(machine, table, shared, kinds, totals, problems, said, dict(left_out or {}))
 
-# %% ../../nbs/lab/estimate.ipynb #757f816e
+# %% ../../nbs/lab/estimate.ipynb #f98d488f
 def against(
     folder: str | Path,  # of a finished `train` run
     again: bool = False,  # measure anew
@@ -617,7 +616,7 @@ def against(
     table = pd.DataFrame(rows, columns=["what", "estimated", "measured"])
     return table.assign(ratio=table.estimated / table.measured)
 
-# %% ../../nbs/lab/estimate.ipynb #e8213532
+# %% ../../nbs/lab/estimate.ipynb #f8e18148
 def estimate_text(
     profile: str = "paper",
     only: str | None = None,  # experiments, comma-separated

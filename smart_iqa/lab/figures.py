@@ -497,13 +497,13 @@ ARM_COLUMNS = ["arm", "seeds", "srcc", "srcc_low", "srcc_high", "diff", "low", "
 
 
 def arms_figure(
-    table: pd.DataFrame,  # of `sweep_table`
+    table: pd.DataFrame,  # of `arm_table`
     title: str = "",
     published: pd.DataFrame | None = None,  # rows of `published_table`, in a panel below
     ceiling: dict | None = None,  # of `metrics.noise_ceiling`: srcc, and its range
 ) -> plt.Figure:  # left: SRCC with intervals, small dots are seeds; right: paired difference to the control
     "Draw arms without an order. ValueError for a table without rows."
-    need_columns(table, ARM_COLUMNS, "sweep")
+    need_columns(table, ARM_COLUMNS, "study")
     t = table.iloc[::-1].reset_index(drop=True)
     n_published = 0 if published is None else int(published.srcc.notna().sum())
     with style():
@@ -555,7 +555,7 @@ def arms_forest(
 
 # %% ../../nbs/lab/figures.ipynb #5e88703e
 def line_figure(
-    table: pd.DataFrame,  # of `sweep_table`
+    table: pd.DataFrame,  # of `arm_table`
     x: dict[str, float],  # arm to its place on the axis
     xlabel: str,
     title: str = "",
@@ -593,7 +593,7 @@ def line_figure(
 
 # %% ../../nbs/lab/figures.ipynb #060ff0f8
 def cost_figure(
-    table: pd.DataFrame,  # of `sweep_table`
+    table: pd.DataFrame,  # of `arm_table`
     title: str = "",
     ceiling: dict | None = None,  # of `metrics.noise_ceiling`
 ) -> plt.Figure:  # SRCC with 95 % intervals against parameters

@@ -23,7 +23,7 @@ from .compare import part_of
 from .runs import RunError, is_finished, planned_folder, read_run, run_digest
 from .workers import HOPELESS, Job, LiveTable, connect, run_jobs
 from ..metrics import ceiling_of
-from ..sets import FACTS
+from ..sets import find_set
 
 # %% ../../nbs/lab/studies.ipynb #32e8fdfc
 RECIPES = {  # parameters of `train`
@@ -61,7 +61,7 @@ def seeds_of(
     "Return the seeds of a study."
     return list(SEEDS[profile]) if seeds is None else [int(s) for s in str(seeds).split(",")]
 
-# %% ../../nbs/lab/studies.ipynb #29a28237
+# %% ../../nbs/lab/studies.ipynb #d7e57ff0
 @dataclass(frozen=True)
 class Times:
     "A value of an arm that is a multiple of the recipe's."
@@ -109,7 +109,7 @@ def _each(arms) -> dict:
     "The same for every profile."
     return dict.fromkeys(RECIPES, arms)
 
-# %% ../../nbs/lab/studies.ipynb #2d058eb3
+# %% ../../nbs/lab/studies.ipynb #e04c5840
 _GPU = "needs a GPU: profile=paper"
 _LITE = {
     "Lite0": {}, "Lite1": dict(backbone="tf_efficientnet_lite1"), "Lite2": dict(backbone="tf_efficientnet_lite2"),
@@ -127,7 +127,7 @@ def _ablation(hyperiqa: dict) -> dict:
         "HyperIQA (ResNet-50)": hyperiqa,
         "backbone, last stage alone": dict(use_multiscale=False, use_attention=False),
         "+ AFA": dict(use_attention=False),
-        "AFA of the paper's text": dict(afa="projected"),
+        "AFA of the paper's text": dict(head="projected"),
         "plain regressor, no hyper net": dict(head="plain"),
     }
 
@@ -151,7 +151,7 @@ _add(
           title="Model variants", published=("smart-paper",)),
 )
 
-# %% ../../nbs/lab/studies.ipynb #2520eeb9
+# %% ../../nbs/lab/studies.ipynb #1993a103
 _LOSSES = ("l1", "l2", "plcc", "rank", "fidelity")
 _RATES = {
     "demo": (3e-4, 3e-5, 3e-3), "lite": (3e-4, 3e-5, 1e-4, 1e-3, 3e-3), "paper": (5e-7, 1e-7, 1e-6, 3e-6, 5e-6),
@@ -184,7 +184,7 @@ def _crops(few: int, many: int, *scales: tuple[int, int]) -> dict:
         **{f"short side {s}, crop {c}": dict(size=s, crop=c) for s, c in scales},
     }
 
-# %% ../../nbs/lab/studies.ipynb #60881486
+# %% ../../nbs/lab/studies.ipynb #c57996a4
 _ALPHAS = {f"alpha={a:g}": dict(loss="l1") | (dict(alpha=a) if a else {}) for a in (0.0, 0.3, 0.5, 1.0)}
 _add(
     Study("learning_rate", "How fast may the backbone learn?", "Fig. 7",
@@ -209,7 +209,7 @@ _add(
               paper=_crops(1, 25, (256, 224), (512, 384))), title="Crops and resolution"),
 )
 
-# %% ../../nbs/lab/studies.ipynb #acba1879
+# %% ../../nbs/lab/studies.ipynb #5cc2cccc
 SWITCHES = {"no gate": dict(use_attention=False), "ranking hinge 0.5": dict(alpha=0.5), "dropout 0.1 to 0.5": dict(dropout=0.5)}
 
 
@@ -239,7 +239,7 @@ _add(
           {p: _switched(p) for p in RECIPES}, title="Size and three switches"),
 )
 
-# %% ../../nbs/lab/studies.ipynb #87d394ea
+# %% ../../nbs/lab/studies.ipynb #dbd4a49c
 _SPLITS = {f"split {k}": dict(split="random", split_seed=k) for k in range(3)}
 _add(
     Study("audit", "What do the defects of the published protocol do?", "none", _each({
@@ -274,7 +274,7 @@ _add(
               demo=dict(models="lite", precisions="fp32", crops=4, repeats=2))),
 )
 
-# %% ../../nbs/lab/studies.ipynb #bf96ffe0
+# %% ../../nbs/lab/studies.ipynb #2db420ce
 def studies_of(notebook: str) -> list[Study]:
     "Return the studies that a notebook shows, its own first."
     return [s for s in STUDIES.values() if s.notebook == notebook]
@@ -290,7 +290,7 @@ def pick_studies(
     check_names([*wanted, *left_out], own, "experiment of the paper")
     return [s for n, s in own.items() if (not wanted or n in wanted) and n not in left_out]
 
-# %% ../../nbs/lab/studies.ipynb #62b40e57
+# %% ../../nbs/lab/studies.ipynb #a4d3a0ac
 def arm_parameters(
     study: Study,
     arm: str,
@@ -331,7 +331,7 @@ def study_runs(
         for arm, given in planned.items() if isinstance(given, dict)
     ]
 
-# %% ../../nbs/lab/studies.ipynb #415c5c67
+# %% ../../nbs/lab/studies.ipynb #873291aa
 def _words(*words: str) -> str:
     "A name for a folder."
     return "-".join(re.sub(r"[^\w.]+", "-", w) for w in words)
@@ -398,7 +398,7 @@ def cross_parameters(
         test={k: recipe[k] for k in ("test_crops",) if k in recipe},
     )
 
-# %% ../../nbs/lab/studies.ipynb #327691cb
+# %% ../../nbs/lab/studies.ipynb #a5454334
 def config_of(
     job: Job,  # a `train` run, or an `evaluate` run
     trained: Config | None = None,  # the configuration of the run that an `evaluate` run needs
@@ -431,7 +431,7 @@ def _sizes(cfg: Config) -> tuple:
         return tuple((p, int(counts[p])) for p in ("train", "val", "cal", "test") if p in counts)
     if cfg.include not in (None, "*"):
         raise ValueError(f"include={cfg.include!r}: how many images that is only the set knows: give root")
-    n, official = FACTS[cfg.dataset].images, FACTS[cfg.dataset].official
+    n, official = find_set(cfg.dataset).images, find_set(cfg.dataset).official
     given = cfg.split in ("official", "paper")
     if n is None or cfg.split.endswith(".csv") or (given and isinstance(official, str)):
         raise ValueError(f"{cfg.dataset}, split={cfg.split}: how many images that gives only the set knows: give root")
@@ -498,7 +498,7 @@ class ArmRuns:
     def inputs(self) -> dict[str, str]:  # folder name of every run to the digest of what is in it
         return {Path(run["folder"]).name: run_digest(run["folder"]) for run in self.runs.values()}
 
-# %% ../../nbs/lab/studies.ipynb #71e0c4cc
+# %% ../../nbs/lab/studies.ipynb #5076a0a3
 def run_study(
     study: str | Study,
     profile: str,

@@ -28,8 +28,8 @@ from .runs import Busy, RunError, execute, find_notebook, is_finished, planned_f
 
 # %% ../../nbs/lab/workers.ipynb #a2a816e9
 ATTEMPTS = 3  # at starting workers, and at a run that is killed
-KILLED = ("DeadKernelError", "KilledError")  # kinds of RunError that the run itself need not have caused
-HOPELESS = {"WeightsError": "weights are not on this machine", "Diverged": "diverged", "DeadKernelError": "killed, or out of memory", "KilledError": "killed, or out of memory",
+KILLED = ("DeadKernelError",)  # kinds of RunError that the run itself need not have caused
+HOPELESS = {"WeightsError": "weights are not on this machine", "Diverged": "diverged", "DeadKernelError": "killed, or out of memory",
             "OutOfMemoryError": "out of memory"}  # errors of one run alone, and what a table says; after others no more runs are started
 
 
