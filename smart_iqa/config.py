@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Text', 'Flag', 'Count', 'Whole', 'Positive', 'NotNegative', 'Fraction', 'FractionOrZero', 'SplitFile', 'GROUPS',
-           'TYPES', 'MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'choices', 'allowed', 'param', 'parameters_table',
+           'FIELDS', 'MACHINE', 'PROFILES', 'LEGACY', 'FILES', 'choices', 'allowed', 'param', 'parameters_table',
            'DataFields', 'CropFields', 'ModelFields', 'LossFields', 'OptimizationFields', 'MachineFields', 'Config',
-           'check_names', 'current_names', 'make_config', 'parameters_cell', 'fingerprint', 'content', 'run_id',
-           'seed_everything']
+           'check_names', 'advice', 'current_names', 'make_config', 'parameters_cell', 'fingerprint', 'content',
+           'run_id', 'seed_everything']
 
 # %% ../nbs/00_config.ipynb #2a427e6e
 import difflib
@@ -200,7 +200,7 @@ class Config(MachineFields, OptimizationFields, LossFields, ModelFields, CropFie
 
 
 GROUPS = Config.__bases__[::-1]  # a dataclass takes the fields of its last base first
-TYPES = {f.name: f.type for f in fields(Config)}
+FIELDS = {f.name: f for f in fields(Config)}
 
 # %% ../nbs/00_config.ipynb #4afdbedc
 MACHINE = (*(f.name for f in fields(MachineFields)), "root", "labels")
@@ -239,12 +239,12 @@ def check_names(
             raise ValueError(f"unknown {what} {name!r}{_nearest(name, known, 3) or '; known: ' + ', '.join(known)}")
 
 
-def _explain(
-    name: str,  # a field of `Config`
-    value,      # what it cannot be
+def advice(
+    kind,   # type of a field
+    value,  # that it does not allow
 ) -> str:
-    "Say what is wrong with the value of a parameter."
-    return f"{name}={value!r}: choose {allowed(TYPES[name])}{_nearest(str(value), choices(TYPES[name]))}"
+    "Say what to choose instead."
+    return f"choose {allowed(kind)}{_nearest(str(value), choices(kind))}"
 
 # %% ../nbs/00_config.ipynb #256d596b
 def current_names(
@@ -276,14 +276,15 @@ def make_config(
     and devices are checked where they are used."""
     check_names([profile], PROFILES, "profile")
     values = current_names(values)
-    check_names(values, TYPES)
+    check_names(values, FIELDS)
     named = {k: v for k, v in values.items() if v is not None}
     legacy = LEGACY if named.get("protocol") == "legacy" else {}
     try:
         cfg = Config(**{"profile": profile, **PROFILES[profile], **legacy, **named})
     except ValidationError as e:
         wrong = dict.fromkeys(error["loc"][0] for error in e.errors())
-        raise ValueError("\n".join(_explain(name, named[name]) for name in wrong)) from None
+        lines = [f"{name}={named[name]!r}: {advice(FIELDS[name].type, named[name])}" for name in wrong]
+        raise ValueError("\n".join(lines)) from None
     _check_together(cfg)
     return cfg
 

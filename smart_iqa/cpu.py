@@ -17,13 +17,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% ../nbs/cpu.ipynb #be6b2050
 def _has_onednn(bf16: bool) -> bool:
-    "Whether torch was built with oneDNN's fused convolutions, and the processor has what they need."
+    "Say whether torch was built with oneDNN's fused convolutions, and the processor has what they need."
     fused = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     return fused and (not bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _padded(x: torch.Tensor, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
-    "Zeros around maps, channels last. Only the border is written with zeros, which `F.pad` does with everything."
+    "Put zeros around maps, channels last. Only the border is written with zeros; `F.pad` writes everything twice."
     (b, c, h, w), inner = x.shape, x.permute(0, 2, 3, 1)
     out = x.new_empty(b, top + h + bottom, left + w + right, c)
     out[:, :top], out[:, top + h :], out[:, top : top + h, :left], out[:, top : top + h, left + w :] = 0, 0, 0, 0
@@ -32,50 +32,64 @@ def _padded(x: torch.Tensor, top: int, bottom: int, left: int, right: int) -> to
 
 
 def _of_weight(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
+    grad: torch.Tensor,   # of the output
+    x: torch.Tensor,      # the input
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
 ) -> torch.Tensor:
-    "Gradient of a depthwise weight (C, 1, k, k), put together from tiles of at most 3 x 3, which are quick."
+    "Compute the gradient of a depthwise weight (C, 1, k, k) from tiles of at most 3 x 3, which are fast."
     (h, w), k = grad.shape[2:], weight.shape[-1]
 
     def tile(x, padding, rows, columns):
         like = weight.new_empty(len(weight), 1, rows, columns)
-        return torch.ops.aten.convolution_backward(
-            grad, x, like, [0], stride, padding, [1, 1], False, [0, 0], len(weight), [False, True, False]
-        )[1]
+        fixed = [1, 1], False, [0, 0], len(weight), [False, True, False]  # dilation ... which gradients
+        return torch.ops.aten.convolution_backward(grad, x, like, [0], stride, padding, *fixed)[1]
 
     if k == 3:
         return tile(x, padding, 3, 3)
     if any(padding):
         x = _padded(x, padding[0], padding[0], padding[1], padding[1])
     cuts = [(i, min(3, k - i)) for i in range(0, k, 3)]
-    rows = [
-        [tile(x[:, :, i : i + stride[0] * (h - 1) + m, j : j + stride[1] * (w - 1) + n], (0, 0), m, n) for j, n in cuts]
-        for i, m in cuts
-    ]
-    return torch.cat([torch.cat(r, 3) for r in rows], 2)
+    rows = []
+    for i, m in cuts:
+        shifted = x[:, :, i : i + stride[0] * (h - 1) + m]
+        tiles = [tile(shifted[..., j : j + stride[1] * (w - 1) + n], (0, 0), m, n) for j, n in cuts]
+        rows.append(torch.cat(tiles, 3))
+    return torch.cat(rows, 2)
 
-
+# %% ../nbs/cpu.ipynb #dd3519ca
 def _of_input(
-    grad: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], stride: list[int], padding: list[int]
+    grad: torch.Tensor,     # of the output
+    weight: torch.Tensor,
+    size: tuple[int, int],  # of the input
+    stride: list[int],
+    padding: list[int],
 ) -> torch.Tensor:
-    """Compute the gradient of a depthwise convolution's input by forward convolutions of the output's gradient.
-
-    There is one for each phase of the stride."""
+    "Compute the gradient of a depthwise convolution's input by forward convolutions, one for each phase of the stride."
     (h, w), (t, u), c, k = size, padding, len(weight), weight.shape[-1]
     if tuple(stride) == (1, 1) and max(padding) < k:
         return F.conv2d(grad, weight.flip(2, 3), None, 1, (k - 1 - t, k - 1 - u), 1, c)
-    reached = [stride[d] * (grad.shape[2 + d] - 1) + k for d in (0, 1)]  # what lies beyond was never looked at
-    out = (grad.new_empty if reached == [h + 2 * t, w + 2 * u] else grad.new_zeros)(
-        len(grad), h + 2 * t, w + 2 * u, c
-    ).permute(0, 3, 1, 2)
+    reached = [stride[d] * (grad.shape[2 + d] - 1) + k for d in (0, 1)]  # the forward pass looked no further
+    new = grad.new_empty if reached == [h + 2 * t, w + 2 * u] else grad.new_zeros
+    out = new(len(grad), h + 2 * t, w + 2 * u, c).permute(0, 3, 1, 2)
     for a in range(stride[0]):
         for b in range(stride[1]):
             taps = weight[:, :, a :: stride[0], b :: stride[1]].flip(2, 3)
             phase = F.conv2d(grad, taps, None, 1, (taps.shape[2] - 1, taps.shape[3] - 1), 1, c)
-            out[
-                :, :, a : a + stride[0] * phase.shape[2] : stride[0], b : b + stride[1] * phase.shape[3] : stride[1]
-            ] = phase
+            rows = slice(a, a + stride[0] * phase.shape[2], stride[0])
+            columns = slice(b, b + stride[1] * phase.shape[3], stride[1])
+            out[:, :, rows, columns] = phase
     return out[:, :, t : t + h, u : u + w]
+
+# %% ../nbs/cpu.ipynb #c4fc6654
+def _same_padding(x: torch.Tensor, weight: torch.Tensor, stride: list[int]) -> tuple[torch.Tensor, list[int]]:
+    'Pad maps as "same" does; return them and the rows and columns that were added above and on the left.'
+    around = [max((-(-n // d) - 1) * d + k - n, 0) for n, d, k in zip(x.shape[2:], stride, weight.shape[2:])]
+    above = [p // 2 for p in around]
+    if any(around):
+        x = _padded(x, above[0], around[0] - above[0], above[1], around[1] - above[1])
+    return x, above
 
 
 class _FastConv(torch.autograd.Function):
@@ -84,53 +98,33 @@ class _FastConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, depthwise, relu6):
         x, weight, bias = (t.to(torch.bfloat16) for t in (x, weight, bias))
-        ctx.size, ctx.how, ctx.above, ctx.depthwise = x.shape[2:], (stride, padding), (0, 0), depthwise
+        ctx.size, ctx.above, ctx.depthwise = x.shape[2:], (0, 0), depthwise
         if padding == "same":
-            around = [
-                max((-(-size // d) - 1) * d + k - size, 0) for size, d, k in zip(ctx.size, stride, weight.shape[2:])
-            ]
-            ctx.how, ctx.above = (stride, (0, 0)), [p // 2 for p in around]
-            x = _padded(x, *(q for p in around for q in (p // 2, p - p // 2))) if any(around) else x
+            (x, ctx.above), padding = _same_padding(x, weight, stride), (0, 0)
+        ctx.step = (stride, padding)
         act = ("hardtanh", [0.0, 6.0], "") if relu6 else ("none", [], "")
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, *reversed(ctx.how), [1, 1], x.shape[1] // weight.shape[1], *act
-        )
+        groups = x.shape[1] // weight.shape[1]
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, [1, 1], groups, *act)
         ctx.save_for_backward(x, weight, y if relu6 else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (x, weight, y), how, of_x = ctx.saved_tensors, ctx.how, None
+        (x, weight, y), of_x = ctx.saved_tensors, None
         grad = grad if y is None else torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
         if ctx.depthwise:
-            of_weight, of_bias = _of_weight(grad, x, weight, *how), grad.sum((0, 2, 3), dtype=torch.float32)
-            of_x = _of_input(grad, weight, x.shape[2:], *how) if ctx.needs_input_grad[0] else None
+            of_weight, of_bias = _of_weight(grad, x, weight, *ctx.step), grad.sum((0, 2, 3), dtype=torch.float32)
+            of_x = _of_input(grad, weight, x.shape[2:], *ctx.step) if ctx.needs_input_grad[0] else None
         else:
+            fixed = [1, 1], False, [0, 0], x.shape[1] // weight.shape[1], [ctx.needs_input_grad[0], True, True]
             of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
-                grad,
-                x,
-                weight,
-                [len(weight)],
-                *how,
-                [1, 1],
-                False,
-                [0, 0],
-                x.shape[1] // weight.shape[1],
-                [ctx.needs_input_grad[0], True, True],
-            )
+                grad, x, weight, [len(weight)], *ctx.step, *fixed)
         (top, left), (h, w) = ctx.above, ctx.size
-        return (
-            None if of_x is None else of_x[:, :, top : top + h, left : left + w],
-            of_weight.float(),
-            of_bias.float(),
-            None,
-            None,
-            None,
-            None,
-        )
+        of_x = None if of_x is None else of_x[:, :, top : top + h, left : left + w]
+        return of_x, of_weight.float(), of_bias.float(), None, None, None, None
 
-
+# %% ../nbs/cpu.ipynb #0b262ff5
 class _NormedConv(nn.Conv2d):
     """A convolution that does the work of the frozen batch norm after it, and of its activation.
 
@@ -142,11 +136,8 @@ class _NormedConv(nn.Conv2d):
         act, relu6 = getattr(norm, "act", nn.Identity()), type(getattr(norm, "act", None)) is nn.ReLU6
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight, bias = self.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
-        depthwise = (
-            weight.shape[1] == 1
-            and self.groups == self.out_channels
-            and weight.shape[2] == weight.shape[3] >= max(self.stride)
-        )
+        square = weight.shape[2] == weight.shape[3] >= max(self.stride)
+        depthwise = weight.shape[1] == 1 and self.groups == self.out_channels and square
         bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
         on_cpu_bf16 = x.device.type == "cpu" and bf16 and torch.is_grad_enabled() and _has_onednn(True)
         if on_cpu_bf16 and (depthwise or relu6) and self.dilation == (1, 1) and self.padding != "valid":
@@ -170,14 +161,10 @@ def _conv_norm_pairs(module: nn.Module):
     for parent in list(module.modules()):
         before = None  # the convolution that came last among the children
         for name, child in list(parent.named_children()):
-            alone = (
-                isinstance(child, nn.BatchNorm2d)
-                and child.affine
-                and isinstance(getattr(child, "drop", nn.Identity()), nn.Identity)
-            )
-            if (
-                alone and before and before[1].bias is None and before[1].out_channels == child.num_features
-            ):  # with a bias, something else may come between
+            drops = not isinstance(getattr(child, "drop", nn.Identity()), nn.Identity)
+            alone = isinstance(child, nn.BatchNorm2d) and child.affine and not drops
+            # with a bias, something else may come between
+            if alone and before and before[1].bias is None and before[1].out_channels == child.num_features:
                 yield parent, *before, name, child
             if not isinstance(child, nn.Identity):
                 before = (name, child) if isinstance(child, nn.Conv2d) else None
@@ -244,35 +231,39 @@ class _FusedConv(nn.Module):
 
 
 def _fusable(conv: nn.Module) -> bool:
-    'Whether `_FusedConv` knows this convolution: plain, or "same" with stride 2.'
+    'Say whether `_FusedConv` knows this convolution: plain, or "same" with stride 2.'
     plain = type(conv) is nn.Conv2d and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
     same = type(conv) is Conv2dSame and conv.stride == (2, 2) and conv.kernel_size[0] == conv.kernel_size[1] >= 2
     return (plain or same) and conv.bias is not None and conv.dilation == (1, 1)
+
+
+def _fuse(backbone: nn.Module, dtype: torch.dtype | None):
+    "Replace the convolutions of a folded backbone by fused ones, in place. None keeps the type of the weights."
+    for parent in list(backbone.modules()):
+        pairs = list(parent.named_children())
+        for (name, conv), (after, act) in zip(pairs, [*pairs[1:], ("", None)]):
+            if _fusable(conv):
+                relu6 = type(act) is nn.ReLU6
+                setattr(parent, name, _FusedConv(conv, relu6, dtype or conv.weight.dtype))
+                if relu6:
+                    setattr(parent, after, nn.Identity())
 
 
 def for_scoring(
     model: nn.Module,  # with a `Backbone` as its `backbone`, in eval mode
     device: torch.device | str,
     bf16: bool = False,  # it will be called under autocast to bf16
-) -> nn.Module:  # a copy that shares no changed tensor, or the model itself where nothing is to be gained
+) -> nn.Module:        # a copy that shares no changed tensor, or the model itself if nothing is to be gained
     """Return the model as it scores fastest, with the same numbers.
 
     Batch norms are folded, activations fused (CPU), weights kept in bf16, channels last."""
     fast = fold_batchnorm(model)
     if bf16 and fast is model:
         fast = copy.deepcopy(model)
-    numbers = lambda: all(
-        p.isfinite().all() for p in fast.backbone.parameters()
-    )  # the fused ReLU6 makes 0 of what is none
-    if fast is not model and torch.device(device).type == "cpu" and _has_onednn(bf16) and numbers():
-        for parent in list(fast.backbone.modules()):
-            pairs = list(parent.named_children())
-            for (name, conv), (after, act) in zip(pairs, [*pairs[1:], ("", None)]):
-                if _fusable(conv):
-                    relu6 = type(act) is nn.ReLU6
-                    setattr(parent, name, _FusedConv(conv, relu6, torch.bfloat16 if bf16 else conv.weight.dtype))
-                    if relu6:
-                        setattr(parent, after, nn.Identity())
+    on_cpu = torch.device(device).type == "cpu" and _has_onednn(bf16)
+    # the fused ReLU6 turns NaN into 0: a model with broken weights must show it
+    if fast is not model and on_cpu and all(p.isfinite().all() for p in fast.backbone.parameters()):
+        _fuse(fast.backbone, torch.bfloat16 if bf16 else None)
     if bf16:
         for m in fast.backbone.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):

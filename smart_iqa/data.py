@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from .config import Config, make_config
-from .crops import build_cache, crop_batches, grid_plan, normalise, random_plan
+from .crops import PixelCache, build_cache, crop_batches, grid_plan, normalise, random_plan
 from .demo import DEMO_NOTE, RENDERED
 from .files import cache_dir
 from .sets import DataError, find_set, reader_of
@@ -28,57 +28,58 @@ from smart_iqa.splits import (
 
 # %% ../nbs/07_data.ipynb #45a86148
 def _to_table(raw: pd.DataFrame, scale: tuple[float, float]) -> tuple[pd.DataFrame, list]:
-    "Add score, std, ref; return the table and the rows whose labels cannot be used."
-    t, row = (
-        raw.reset_index(drop=True).copy(),
-        raw.index.to_numpy() + 1,
-    )  # as the labels have it, also where only some were taken
-    scale = t.pop("scale") if "scale" in t else pd.Series([scale] * len(t))
-    worst, best = (np.array([s[i] for s in scale], float) for i in (0, 1))
+    "Add score, std and ref to labels; return the table and a list of (image, reason) for unusable rows."
+    t, row = raw.reset_index(drop=True).copy(), raw.index.to_numpy() + 1  # row: as counted in the labels
+    scales = t.pop("scale") if "scale" in t else pd.Series([scale] * len(t))
+    worst, best = (np.array([s[i] for s in scales], float) for i in (0, 1))
     t["image"] = t.image.astype(str)
     label, t["mos"] = t.mos, pd.to_numeric(t.mos, errors="coerce").astype(float)
     t["score"] = 100 * (t.mos - worst) / (best - worst)
     t["std"] = t["std"] if "std" in t else np.nan
-    for name, default in (("ref", t.image), ("split", None)):  # an empty cell says nothing
-        given = t[name].astype(object) if name in t else pd.Series(None, t.index, dtype=object)
-        t[name] = given.where(given.notna() & (given != ""), default)
-    lo, hi = np.minimum(worst, best), np.maximum(worst, best)
-    problems = [
-        (t.image[i], f"row {row[i]}: label {label[i]!r} is not a number") for i in np.flatnonzero(~np.isfinite(t.mos))
-    ]
-    outside = np.flatnonzero(np.isfinite(t.mos) & ((t.mos < lo - 1e-6) | (t.mos > hi + 1e-6)))
-    problems += [
-        (t.image[i], f"row {row[i]}: label {t.mos[i]:g} is outside the declared {lo[i]:g} to {hi[i]:g}")
-        for i in outside
-    ]
-    problems += [(t.image[i], f"row {row[i]}: named twice in the labels") for i in np.flatnonzero(t.image.duplicated())]
-    votes = ["votes"] if "votes" in t else []  # where the set tells how many people there were
+    for name, default in (("ref", t.image), ("split", None)):
+        cells = t[name].astype(object) if name in t else pd.Series(None, t.index, dtype=object)
+        t[name] = cells.where(cells.notna() & (cells != ""), default)  # an empty cell says nothing
+    problems = _bad_labels(t, label, row, np.minimum(worst, best), np.maximum(worst, best))
+    votes = ["votes"] if "votes" in t else []  # if the set says how many people there were
     return t[["image", "mos", "score", "std", *votes, "ref", "split"]], problems
 
 
+def _bad_labels(t: pd.DataFrame, label: pd.Series, row: np.ndarray, low: np.ndarray, high: np.ndarray) -> list:
+    "List (image, reason) for labels that are no number or out of range, and for images named twice."
+    problems = []
+    for i in np.flatnonzero(~np.isfinite(t.mos)):
+        problems.append((t.image[i], f"row {row[i]}: label {label[i]!r} is not a number"))
+    for i in np.flatnonzero(np.isfinite(t.mos) & ((t.mos < low - 1e-6) | (t.mos > high + 1e-6))):
+        reason = f"row {row[i]}: label {t.mos[i]:g} is outside the declared {low[i]:g} to {high[i]:g}"
+        problems.append((t.image[i], reason))
+    for i in np.flatnonzero(t.image.duplicated()):
+        problems.append((t.image[i], f"row {row[i]}: named twice in the labels"))
+    return problems
+
+# %% ../nbs/07_data.ipynb #e5eeed31
 def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
-    "Names as they stand on disk (case mended where that is unambiguous) and the ones that are missing."
+    "Return names as they stand on disk (with their case, if that is unambiguous), and (image, reason) for problems."
     listing = {}
     for folder in {os.path.dirname(i) for i in images}:
         names = os.listdir(root / folder) if (root / folder).is_dir() else []
         listing[folder] = (set(names), pd.Series(names, index=[n.lower() for n in names], dtype=object))
-    found, missing = [], []
+    files, missing = [], []
     for image in images:
         folder, name = os.path.split(image)
         exact, folded = listing[folder]
         hits = [name] if name in exact else list(np.atleast_1d(folded.get(name.lower(), [])))
         if len(hits) != 1:
             missing.append((image, "no such file" if not hits else f"could be any of {', '.join(hits)}"))
-        found.append(posixpath.normpath(posixpath.join(folder, hits[0])) if len(hits) == 1 else image)
-        if len(hits) == 1 and not (root / found[-1]).exists():
+        files.append(posixpath.normpath(posixpath.join(folder, hits[0])) if len(hits) == 1 else image)
+        if len(hits) == 1 and not (root / files[-1]).exists():
             missing.append((image, "a link to a file that is not there"))
-    again = pd.Series(found).duplicated() & ~pd.Series(images).duplicated()
-    missing += [(images[i], f"is {found[i]} under another name") for i in np.flatnonzero(again)]
-    return found, missing
+    again = pd.Series(files).duplicated() & ~pd.Series(images).duplicated()
+    missing += [(images[i], f"is {files[i]} under another name") for i in np.flatnonzero(again)]
+    return files, missing
 
 # %% ../nbs/07_data.ipynb #c0bf7c57
 def _included(raw: pd.DataFrame, pattern: str | None, where: str) -> pd.DataFrame:
-    "The rows whose image matches a pattern."
+    "Keep the rows whose image matches a pattern. DataError when there are none."
     if pattern is None:
         return raw
     keep = [fnmatch.fnmatchcase(str(i), pattern) for i in raw.image]
@@ -87,17 +88,23 @@ def _included(raw: pd.DataFrame, pattern: str | None, where: str) -> pd.DataFram
     return raw[keep]
 
 
+def _note(cfg: Config, root: Path) -> str:
+    "Return the sentence that results on rendered pictures must carry; empty for a real set."
+    if cfg.dataset == "demo":
+        return DEMO_NOTE
+    rendered = root / RENDERED  # a stand-in in the layout of a published set says so itself
+    return json.loads(rendered.read_text(encoding="utf-8"))["note"] if rendered.exists() else ""
+
+
 def read_set(
     cfg: Config,  # dataset, root, labels ..., include, on_error
-) -> ImageSet:  # the table may be empty; `split` as the labels have it, None where they say nothing
+) -> ImageSet:    # the table may be empty; `split` as the labels have it, None where they have none
     "Check labels and files of a set against each other, before any picture is opened. DataError lists all problems."
     facts, read = find_set(cfg.dataset), reader_of(cfg.dataset)
-    rendered = cfg.dataset == "demo" and not cfg.root
-    root = cache_dir(cfg.cache) / "demo" if rendered else Path(cfg.root or "").expanduser()
+    in_cache = cfg.dataset == "demo" and not cfg.root
+    root = cache_dir(cfg.cache) / "demo" if in_cache else Path(cfg.root or "").expanduser()
     if cfg.dataset != "demo" and not (cfg.root and root.is_dir()):
-        raise DataError(
-            f"{cfg.dataset}: root={cfg.root!r} is not a folder; give the folder of the image set with root="
-        )
+        raise DataError(f"{cfg.dataset}: root={cfg.root!r} is not a folder; give the folder of the set with root=")
     where = f"{cfg.dataset} in {root}"
     table, bad_labels = _to_table(_included(read(root, cfg), cfg.include, where), facts.scale)
     files, missing = _find_files(root, list(table.image))
@@ -107,69 +114,65 @@ def read_set(
     table["ref"] = table.ref.where(table.ref != table.image, files)
     table["image"] = files
     table = table[keep.to_numpy()].reset_index(drop=True)
-    made = root / RENDERED  # a stand-in in the layout of a published set says so itself
-    note = (
-        DEMO_NOTE
-        if cfg.dataset == "demo"
-        else json.loads(made.read_text(encoding="utf-8"))["note"]
-        if made.exists()
-        else ""
-    )
-    return ImageSet(cfg.dataset, root, table, note, skipped, renamed=renamed)
+    return ImageSet(cfg.dataset, root, table, _note(cfg, root), skipped, renamed=renamed)
 
-
+# %% ../nbs/07_data.ipynb #72c18e41
 def load_set(
     cfg: Config,  # dataset, root, labels ..., split ..., on_error, group_duplicates, limit
     progress: bool = False,
 ) -> ImageSet:
-    "The image set that a configuration names, checked and split. DataError tells all that is wrong at once."
-    found = read_set(cfg)
-    table = found.table
+    "Read, check and split the image set of a configuration. One DataError lists all problems."
+    images = read_set(cfg)
+    table = images.table
     if table.empty:
-        raise DataError(f"{cfg.dataset} in {found.root}: no image is left")
-    pairs = (
-        duplicate_pairs(found, cfg, progress)
-        if cfg.group_duplicates
-        else pd.DataFrame(columns=["a", "b", "bits", "correlation"])
-    )
+        raise DataError(f"{cfg.dataset} in {images.root}: no image is left")
+    pairs = pd.DataFrame(columns=["a", "b", "bits", "correlation"])
+    if cfg.group_duplicates:
+        pairs = duplicate_pairs(images, cfg, progress)
     table["split"] = assign_splits(table, cfg, group_pairs(table.ref, pairs))
     if cfg.group_duplicates:
-        found.duplicates = name_pairs(pairs, table)
+        images.duplicates = name_pairs(pairs, table)
     if cfg.leaks == "error" or (cfg.leaks == "auto" and (cfg.split.endswith(".csv") or cfg.dataset == "csv")):
-        check_leaks(found)
+        check_leaks(images)
     if cfg.limit:
-        found.table = table.groupby("split", sort=False).head(cfg.limit).reset_index(drop=True)
-    only_test = cfg.split == "none" or (
-        cfg.split == "paper" and (found.table.split == "test").all()
-    )  # most of the paper's lists
-    check_parts(found, ("test",) if only_test else ("train", "val", "test") + ("cal",) * bool(cfg.cal_fraction))
-    return found
+        images.table = table.groupby("split", sort=False).head(cfg.limit).reset_index(drop=True)
+    check_parts(images, _expected_splits(images, cfg))
+    return images
+
+
+def _expected_splits(images: ImageSet, cfg: Config) -> tuple[str, ...]:
+    "List the splits that a set must have under a configuration."
+    if cfg.split == "none" or (cfg.split == "paper" and (images.table.split == "test").all()):
+        return ("test",)  # a set that is only tested on, as most of the paper's lists are
+    return ("train", "val", "test", "cal") if cfg.cal_fraction else ("train", "val", "test")
 
 # %% ../nbs/07_data.ipynb #1322015f
 def index_names(
-    found: ImageSet,
+    images: ImageSet,
 ) -> list[str]:  # images in order of their file names, or references where pictures share them
-    "What the numbers of `img_indx` stand for."
-    t = found.table
+    "List what the numbers of `img_indx` stand for."
+    t = images.table
     if t.ref.nunique() < len(t):
         return sorted(t.ref.unique())
     return sorted(t.image, key=lambda image: (Path(image).name, image))
 
-
+# %% ../nbs/07_data.ipynb #d537fbcc
 class Crops:
-    "Batches of crops and scores, as often as one goes through; `len` is their number."
+    "Batches of crops and scores, as often as one iterates; `len` is their number."
 
     def __init__(
-        self, cache, scores: np.ndarray, rows: np.ndarray, crop: int, n: int, batch_size: int, istrain: bool, seed: int
+        self,
+        cache: PixelCache,
+        scores: np.ndarray,  # (N,) of the cached pictures
+        rows: np.ndarray,    # of the pictures to use
+        crop: int,
+        n: int,              # crops per picture
+        batch_size: int,
+        istrain: bool,
+        seed: int,
     ):
-        self.cache, self.scores, self.rows, self.crop, self.n, self.batch_size = (
-            cache,
-            torch.from_numpy(scores),
-            rows,
-            crop,
-            n,
-            batch_size,
-        )
+        self.cache, self.scores, self.rows = cache, torch.from_numpy(scores), rows
+        self.crop, self.n, self.batch_size = crop, n, batch_size
         self.istrain, self.seed, self.epoch = istrain, seed, 0
 
     def __len__(self) -> int:
@@ -184,7 +187,7 @@ class Crops:
         for crops, rows in crop_batches(self.cache, plan, self.crop, self.batch_size):
             yield normalise(crops).contiguous(), self.scores[rows]
 
-
+# %% ../nbs/07_data.ipynb #38414d5b
 class DataLoader:
     """The published loader over our image sets.
 
@@ -192,62 +195,37 @@ class DataLoader:
 
     def __init__(
         self,
-        dataset: str,  # a name from `sets.FACTS`: koniq-10k, live, csiq, ...
-        path: str | Path,  # folder of the set
-        img_indx: list[int],  # numbers of pictures, or of references: see `index_names`
-        patch_size: int,  # side of the crops
-        patch_num: int,  # crops a picture
+        dataset: str,           # a name from `sets.FACTS`: koniq-10k, live, csiq, ...
+        path: str | Path,       # folder of the set
+        img_indx: list[int],    # numbers of pictures, or of references: see `index_names`
+        patch_size: int,        # side of the crops
+        patch_num: int,         # crops per picture
         batch_size: int = 1,
-        istrain: bool = True,  # random crops and flips; else the fixed grid
-        seed: int = 42,  # of the random crops
-        **config,  # any other field of `Config`: size, fit, labels, score_range, cache, ...
+        istrain: bool = True,   # random crops and flips; else the fixed grid
+        seed: int = 42,         # of the random crops
+        **config,               # any other field of `Config`: size, fit, labels, score_range, cache, ...
     ):
-        "DataError for a folder that is not the set's; IndexError names a number that is out of range."
-        given = dict(group_duplicates=False, size=max(384, patch_size), split="none") | config
-        self.cfg = make_config(
-            "paper",
-            dataset=dataset,
-            root=str(path),
-            crop=patch_size,
-            batch_size=batch_size,
-            train_crops=patch_num,
-            test_crops=patch_num,
-            seed=seed,
-            **given,
-        )
+        "Raise DataError for a folder that is not the set's, and IndexError for a number that is out of range."
+        values = dict(dataset=dataset, root=str(path), crop=patch_size, batch_size=batch_size, train_crops=patch_num,
+                      test_crops=patch_num, seed=seed)
+        defaults = dict(group_duplicates=False, size=max(384, patch_size), split="none")
+        self.cfg = make_config("paper", **values, **defaults | config)
         self.found, self.istrain = load_set(self.cfg), istrain
         self.names = index_names(self.found)
         wrong = [i for i in img_indx if not 0 <= i < len(self.names)]
         if wrong:
-            what = (
-                "pictures"
-                if self.names[0] in set(self.found.table.image) and len(self.names) == len(self.found.table)
-                else "references"
-            )
-            raise IndexError(
-                f"img_indx: {wrong[0]} is out of range: {dataset} in {path} has {len(self.names)} {what}, numbered 0 "
-                f"to {len(self.names) - 1}"
-            )
+            shared = self.found.table.ref.nunique() < len(self.found.table)
+            raise IndexError(f"img_indx: {wrong[0]} is out of range: {dataset} in {path} has {len(self.names)} "
+                             f"{'references' if shared else 'pictures'}, numbered 0 to {len(self.names) - 1}")
         self.chosen = [self.names[i] for i in img_indx]
 
     def get_data(self) -> Crops:
-        "Batches to go through, again and again; the pictures are decoded at the first call."
-        cfg, t = self.cfg, self.found.table
+        "Return the batches, to iterate over as often as needed; the first call decodes the pictures."
+        cfg = self.cfg
         cache = build_cache(self.found, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
         t = self.found.table.reset_index(drop=True)
         rows = t.groupby("ref" if t.ref.nunique() < len(t) else "image", sort=False).indices
-        picked = (
-            np.concatenate([rows.get(name, np.empty(0, int)) for name in self.chosen])
-            if self.chosen
-            else np.empty(0, int)
-        )
-        return Crops(
-            cache,
-            t.score.to_numpy(np.float32),
-            picked,
-            cfg.crop,
-            cfg.train_crops,
-            cfg.batch_size,
-            self.istrain,
-            cfg.seed,
-        )
+        chosen = [np.empty(0, int), *(rows.get(name, np.empty(0, int)) for name in self.chosen)]
+        scores = t.score.to_numpy(np.float32)
+        return Crops(cache, scores, np.concatenate(chosen), cfg.crop, cfg.train_crops, cfg.batch_size, self.istrain,
+                     cfg.seed)

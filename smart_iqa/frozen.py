@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from .config import Config, fingerprint
-from .crops import PixelCache, Plan, crop_batches, grid_plan, normalise, random_plan, share
+from .crops import CropPlan, PixelCache, crop_batches, grid_plan, normalise, random_plan, share
 from .devices import use_bf16
 from .files import cache_dir, locked, replacing, track
 from .metrics import srcc
@@ -53,7 +53,7 @@ def compute_features(
     model: nn.Module,       # its weights are part of the file's name
     extract: Callable,      # (B, 3, H, W) normalised crops -> list of tensors (B, ...)
     cache: PixelCache,
-    plan: Plan,             # one row per crop
+    plan: CropPlan,             # one row per crop
     cfg: Config,            # crop, batch_size, workers, amp, cache
     device: torch.device,
     kind: str,              # the name of what `extract` gives; its first word is shown
@@ -129,7 +129,7 @@ class FrozenFeed(CropFeed):
         return model.head(inputs)
 
 # %% ../nbs/frozen.ipynb #c3663cc5
-def _pooled_features(feed: FrozenFeed, plan: Plan) -> np.ndarray:
+def _pooled_features(feed: FrozenFeed, plan: CropPlan) -> np.ndarray:
     "What the head needs of every crop of a plan, flat."
     model = feed.model
     kind = "pooled " + " ".join(f"{stage}:{side}" for stage, side in model.head.needs)

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .config import Config, seed_everything
 from .cpu import for_scoring
-from .crops import PixelCache, Plan, crop_batches, grid_plan, jitter, normalise, random_plan, share
+from .crops import CropPlan, PixelCache, crop_batches, grid_plan, jitter, normalise, random_plan, share
 from .devices import Devices, keep_memory, learning_norms, note_environment, pick_device, use_bf16
 from .files import append_line, move, one_ahead, read_lines, replacing, track, write_lines
 from .losses import get_loss
@@ -148,7 +148,7 @@ def score_plan(
     feed: CropFeed,
     rows: np.ndarray,  # of the table
     n_crops: int,      # per image
-) -> Plan:
+) -> CropPlan:
     "Place the crops that images are scored by, as `test_positions` says."
     c, sizes = feed.cfg, feed.cache.sizes
     if c.test_positions == "random":  # as published: other crops for every seed
@@ -162,7 +162,7 @@ def own_plan(
     n_crops: int,
     rank: int,
     world: int,
-) -> Plan:
+) -> CropPlan:
     "The part of `score_plan` that covers the images of one of several processes."
     plan, own = score_plan(feed, rows, n_crops), share(len(rows), rank, world)
     each = len(plan) // max(1, len(rows))

@@ -1,14 +1,11 @@
-"""`smart-iqa data`: damaged copies of sets and what is said about them, fetching that is killed, splits as files, exit
+"""`smart-iqa data`: damaged copies of sets and what is said about them, how to get one, splits as files, exit
 codes."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from test_biq2021 import ROOT as BIQ
 from test_biq2021 import needs_biq
 
 from smart_iqa import checks
-from smart_iqa.checks import MAX_LINES, check_set, fetch_set, find_lines, look
+from smart_iqa.checks import MAX_LINES, check_set, find_lines, look
 from smart_iqa.cli import main
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
@@ -90,7 +87,7 @@ def test_sound_set(root, run):
         and "PROBLEM" not in out
         and "WARNING" not in out
     )
-    assert "1 (worst) to 5 (best)" in out and re.search(r"\d+ pictures a second", out)
+    assert "1 (worst) to 5 (best)" in out and re.search(r"\d+ pictures per second", out)
     assert "96 x 80 to 112 x 80" in out and "RGB 40; JPEG 40" in out
 
 
@@ -227,7 +224,7 @@ DAMAGES = [
     (no_test, "split", "problem", ("the test part has 0 images", "--split random")),
     (typo_in_split, "split", "problem", ("trian",)),
     (half_a_split, "split", "problem", ("2 of 40 images have no official split",)),
-    (references, "reference", "problem", ("wall: in the test part and outside of it",)),
+    (references, "reference", "problem", ("wall: in the test split and outside of it",)),
     (narrow, "range", "warning", ("they use 0 to 1 of 0-100", "--score-range")),
 ]
 IDS = [d[0].__name__ if d[0].__name__ != "<lambda>" else f"label-{k}" for k, d in enumerate(DAMAGES)]
@@ -338,7 +335,7 @@ def test_usage(run, words):
 
 
 def test_unknown_set(run, tmp_path):
-    for words in (("info", "koniq"), ("check", "koniq", tmp_path), ("fetch", "koniq", tmp_path / "x")):
+    for words in (("info", "koniq"), ("check", "koniq", tmp_path)):
         code, out, err = run(*words)
         assert code == 1 and "did you mean koniq-10k" in out + err
 
@@ -535,162 +532,6 @@ def test_prepare_without_an_official_split(root, run, tmp_path):
     )
 
 
-# ---- fetching: a repository in a folder stands in for the real one
-
-
-def git(folder, *words):
-    return subprocess.run(
-        ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-
-
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-
-
-@pytest.fixture
-def repository(biq):
-    git(biq, "init", "-q")
-    git(biq, "config", "uploadpack.allowFilter", "true")
-    git(biq, "add", ".")
-    git(biq, "commit", "-qm", "all")
-    return biq
-
-
-def pictures_in(folder):
-    return sorted(p.name for p in (folder / "Images").iterdir()) if (folder / "Images").is_dir() else []
-
-
-def same_files(a, b):
-    names = {str(p.relative_to(a)) for p in a.rglob("*") if p.is_file() and ".git" not in p.parts}
-    return all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
-
-
-@needs_git
-@pytest.mark.parametrize("filtering", ["true", "false"])
-def test_fetch(repository, run, tmp_path, filtering):
-    """Whole, equal, counted, without a second copy of all pictures; from servers that know partial clones and those
-    that do not."""
-    git(repository, "config", "uploadpack.allowFilter", filtering)
-    to = tmp_path / "new" / "mine"
-    code, out, err = run("fetch", "biq2021", to, "--source", repository.as_uri(), "--quiet")
-    assert code == 0 and "data check" in out, err
-    assert (
-        same_files(repository, to)
-        and not (to / ".git").exists()
-        and sorted(p.name for p in to.parent.iterdir()) == ["mine"]
-    )
-    assert json.loads((to / "fetched.json").read_text())["commit"] == git(repository, "rev-parse", "HEAD").strip()
-    assert run("check", "biq2021", to, "--quiet")[0] == 0
-    shutil.rmtree(repository)
-    assert run("fetch", "biq2021", to, "--source", repository.as_uri(), "--quiet")[0] == 0  # it is there already
-
-
-@needs_git
-def test_interrupted_fetch_goes_on(repository, tmp_path, monkeypatch):
-    """Ctrl-C at the third batch; the next run fetches the rest and not what is there."""
-    calls, real = [], checks._git
-
-    def breaking(words, *rest):
-        calls.append(words)
-        if [w[0] for w in calls].count("checkout") == 3:
-            raise KeyboardInterrupt
-        return real(words, *rest)
-
-    monkeypatch.setattr(checks, "_git", breaking)
-    with pytest.raises(KeyboardInterrupt):
-        fetch_set("biq2021", tmp_path / "mine", repository.as_uri(), batch=8)
-    part = tmp_path / "mine.part"
-    there = {n: (part / "Images" / n).stat().st_mtime_ns for n in pictures_in(part)}
-    assert not (tmp_path / "mine").exists() and 8 <= len(there) <= 16
-    calls.clear()
-    monkeypatch.setattr(checks, "_git", lambda words, *rest: calls.append(words) or real(words, *rest))
-    fetch_set("biq2021", tmp_path / "mine", repository.as_uri(), batch=8)
-    assert "clone" not in [w[0] for w in calls] and [w[0] for w in calls].count("checkout") == 2
-    assert same_files(repository, tmp_path / "mine") and all(
-        (tmp_path / "mine" / "Images" / n).stat().st_mtime_ns == t for n, t in there.items()
-    )
-
-
-@needs_git
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_killed_fetch_goes_on(repository, tmp_path):
-    """kill -9 of a fetch in another process, and of the git that it runs; then the same again."""
-    to, part = tmp_path / "mine", tmp_path / "mine.part"
-    code = (f"from smart_iqa.checks import *; from smart_iqa.sets import FACTS; from dataclasses import replace\n"
-            f"FACTS['biq2021'] = replace(FACTS['biq2021'], images=26)\n"
-            f"fetch_set('biq2021', {str(to)!r}, {repository.as_uri()!r}, batch=1)")
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    end = time.time() + 60
-    while len(pictures_in(part)) < 3 and process.poll() is None and time.time() < end:
-        time.sleep(0.01)
-    assert process.poll() is None, "it was too fast to be killed"
-    os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in it
-    process.wait()
-    assert not to.exists() and 3 <= len(pictures_in(part)) < 26
-    (part / ".git" / "index.lock").touch()  # as a git killed in the middle leaves it
-    fetch_set("biq2021", to, repository.as_uri())
-    assert same_files(repository, to) and not part.exists()
-
-
-@needs_git
-def test_clone_killed_before_its_list_starts_again(repository, tmp_path):
-    part = tmp_path / "mine.part"
-    git(tmp_path, "init", "-q", str(part))
-    git(part, "remote", "add", "origin", repository.as_uri())
-    fetch_set("biq2021", tmp_path / "mine", repository.as_uri())
-    assert same_files(repository, tmp_path / "mine")
-
-
-@needs_git
-def test_folder_in_the_way(repository, run, tmp_path):
-    """Neither a folder with other things nor somebody's .part is touched."""
-    for name in ("mine", "mine.part"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "thesis.txt").write_text("years")
-        code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--source", repository.as_uri(), "--quiet")
-        assert code == 1 and name in err and (tmp_path / name / "thesis.txt").read_text() == "years"
-        shutil.rmtree(tmp_path / name)
-
-
-@needs_git
-def test_source_that_is_not_whole(repository, run, tmp_path):
-    git(repository, "rm", "-q", "Images/ss01 (4).jpg")
-    git(repository, "commit", "-qm", "lost one")
-    code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--source", repository.as_uri(), "--quiet")
-    assert code == 1 and "25 of 26" in err and "ss01 (4).jpg" in err and not (tmp_path / "mine").exists()
-
-
-@needs_git
-@pytest.mark.parametrize("source, word", [("https://nowhere.invalid/BIQ2021", "nowhere.invalid could not be reached"),
-                                          ("file:///nowhere/at/all", "could not be reached")])
-def test_offline(run, tmp_path, source, word):
-    code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--source", source, "--quiet")
-    assert code == 1 and word in err and "check the network" in err and list(tmp_path.iterdir()) == []
-
-
-def test_without_git(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    code, _, err = run("fetch", "biq2021", tmp_path / "mine", "--quiet")
-    assert code == 1 and "git is not installed" in err
-
-
-@pytest.mark.parametrize("name", sorted(set(FACTS) - set(checks.REPOSITORIES)))
-def test_sets_that_are_not_fetched(run, tmp_path, name):
-    """No address is made up: where to get it, what to accept, how to lay it out."""
-    code, _, err = run("fetch", name, tmp_path / "mine")
-    assert (
-        code == 1
-        and FACTS[name].get in err
-        and FACTS[name].terms in err
-        and f"data check {name}" in err
-        and all(f in err for f in FACTS[name].files)
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- facts
 
 
@@ -702,6 +543,19 @@ def test_list_and_info(run):
     for name, facts in FACTS.items():
         code, out, _ = run("info", name)
         assert code == 0 and facts.source in out and facts.terms in out and all(f in out for f in facts.files)
+
+
+@pytest.mark.parametrize("name", [name for name, facts in FACTS.items() if "http" in facts.get])
+def test_info_says_how_to_get_every_public_set(run, name):
+    """Where it is, what to accept, how to lay it out, and the command to check the copy with."""
+    code, out, _ = run("info", name)
+    steps = [line.strip() for line in out.splitlines()[-3:]]
+    assert code == 0
+    assert [step[:3] for step in steps] == ["1. ", "2. ", "3. "]
+    assert FACTS[name].get in steps[0]
+    assert FACTS[name].terms in steps[0]
+    assert all(file in steps[1] for file in FACTS[name].files)
+    assert steps[2] == f"3. smart-iqa data check {name} FOLDER"
 
 
 def test_help_does_not_wait_for_torch():

@@ -729,7 +729,7 @@ def test_table_on_the_terminal(photos, toy, run):
     code, out, err = run("photos")
     assert code == 1 and "p0.png" in out and "broken.jpg" not in out and "broken.jpg: cannot be decoded" in err
     assert shown(out) == [f for f in score_files(toy, "photos").file if "broken" not in f] and "90 % interval" in out
-    assert "5 scored" in err and "1 failed" in err and "files a second" in err and "mean" in err
+    assert "5 scored" in err and "1 failed" in err and "files per second" in err and "mean" in err
 
 
 def test_top_bottom_sort(photos, toy, run):

@@ -32,30 +32,35 @@ from ..demo import photograph
 from ..files import replacing
 from ..metrics import compare, srcc
 from ..model import CheckpointError
-from .scoring import Calibration, Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer
+from smart_iqa.app.scoring import (
+    Calibration, PictureScorer, Policy, QualityMap, Scorer, as_image, cut, quality_map, save_scorer,
+)
 
 # %% ../../nbs/app/export.ipynb #a1885353
 MADE_BY = "<!-- written by smart_iqa.app.export -->"  # a README.md without this line is somebody's own and is kept
 TAGS = ["image-quality-assessment", "blind-image-quality-assessment", "no-reference", "smart-iqa"]
-LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "openrail")
+LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
+            "cc-by-nc-sa-4.0", "gpl-3.0", "openrail")
 
 
 def _front_matter(info: dict) -> str:
-    "The card's YAML: licence, library, task, tags, sets."
+    "Write the card's YAML: licence, library, task, tags, sets."
     licence = str(info.get("licence") or info.get("license") or "unknown")
     name = licence.strip().lower().replace(" ", "-")
     known = dict(license=name) if name in (*LICENCES, "unknown") else dict(license="other", license_name=licence)
     trained_on = info.get("trained_on") or []
     parts = re.split(r"[,;+]", trained_on) if isinstance(trained_on, str) else map(str, trained_on)
-    sets = [found[1] for p in parts if (found := re.fullmatch(r"\s*([\w./-]+)\s*(\(.*\))?\s*", p))]
-    return ModelCardData(**known, library_name="smart-iqa", pipeline_tag="image-classification", tags=TAGS, datasets=sets or None).to_yaml()
+    sets = [match[1] for p in parts if (match := re.fullmatch(r"\s*([\w./-]+)\s*(\(.*\))?\s*", p))]
+    data = ModelCardData(**known, library_name="smart-iqa", pipeline_tag="image-classification", tags=TAGS,
+                         datasets=sets or None)
+    return data.to_yaml()
 
 
 def _rows(facts: dict) -> str:
-    "A Markdown table of two columns; what a card says of itself must not break out of its cell."
+    "Write a Markdown table of two columns; what a card says of itself must not break out of its cell."
     def tidy(value):
-        told = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else str(value)
-        return " ".join(told.replace("|", "\\|").replace("<", "&lt;").split())
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else str(value)
+        return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
     return "\n".join(["| | |", "|---|---|", *(f"| {tidy(k)} | {tidy(v)} |" for k, v in facts.items())])
 
 # %% ../../nbs/app/export.ipynb #b0d7f945
@@ -65,8 +70,9 @@ _CARD = """---
 {made_by}
 # {name}
 
-A blind image quality model: a picture goes in, a score of 0-100 comes out, higher is better, and no reference picture is needed. Quality here is what
-people see in a picture on a screen (sharpness, noise, light, compression, and how much it pleases them at a glance), not what the picture shows.
+A blind image quality model: a picture goes in, a score of 0-100 comes out, higher is better, and no reference picture
+is needed. Quality here is what people see in a picture on a screen (sharpness, noise, light, compression, and how much
+it pleases them at a glance), not what the picture shows.
 
 ```python
 from smart_iqa import create_scorer
@@ -86,21 +92,27 @@ print(scorer("photo.jpg"), scorer.table(["photo.jpg"]))
 Where nothing is said above about training data or accuracy, nothing is known.
 """
 
-
+# %% ../../nbs/app/export.ipynb #card0001
 def model_card(
     scorer: Scorer,
 ) -> str:             # Markdown with YAML front matter, as hub repositories have it
-    "A README.md from what a scorer knows about itself: card, policy, calibration, network. Nothing is added."
+    "Write a README.md from what a scorer knows about itself: card, policy, calibration, network. Nothing is added."
     p, c, info = scorer.policy, scorer.calibration, scorer.info
+    n_parameters = sum(v.numel() for v in scorer.model.parameters())
+    shape = "(squashed)" if p.fit == "squash" else "aspect ratio kept"
+    intervals = "none: not calibrated"
+    if c:
+        intervals = f"conformal, from {len(c.residuals)} calibration pictures; they hold for pictures like those"
     model = {
-        "network": f"{type(scorer.model).__name__}, {sum(v.numel() for v in scorer.model.parameters()):,} parameters",
+        "network": f"{type(scorer.model).__name__}, {n_parameters:,} parameters",
         "arguments": scorer.model.arguments,
-        "picture policy": f"short side {p.size} pixels" + (" (squashed)" if p.fit == "squash" else ", aspect ratio kept")
-                          + f"; {p.crops} crops of {p.crop} x {p.crop}, more on panoramas; the score is their mean",
-        "intervals": f"conformal, from {len(c.residuals)} calibration pictures; they hold for pictures like those" if c else "none: not calibrated",
+        "picture policy": f"short side {p.size} pixels, {shape}; {p.crops} crops of {p.crop} x {p.crop}, more on "
+                          "panoramas; the score is their mean",
+        "intervals": intervals,
     }
-    return _CARD.format(yaml=_front_matter(info), made_by=MADE_BY, name=" ".join(str(info.get("name", "SMART-IQA model")).split()),
-                        model=_rows(model), info=_rows(info) if info else "Nothing.")
+    name = " ".join(str(info.get("name", "SMART-IQA model")).split())
+    return _CARD.format(yaml=_front_matter(info), made_by=MADE_BY, name=name, model=_rows(model),
+                        info=_rows(info) if info else "Nothing.")
 
 # %% ../../nbs/app/export.ipynb #1b15f59b
 def save_pretrained(
@@ -108,7 +120,9 @@ def save_pretrained(
     folder: str | Path,                # made where it is missing
     dtype: torch.dtype | None = None,  # of the stored weights; torch.float16 halves the file and moves scores a little
 ) -> Path:                             # the folder; `create_scorer` reads it, here or from the hub
-    "Write model.safetensors (with policy, calibration and card) and README.md; a README.md of other making is kept. `Scorer.save_pretrained` is the same."
+    """Write model.safetensors (with policy, calibration and card) and README.md; `Scorer.save_pretrained` is the same.
+
+    A README.md of other making is kept."""
     if not isinstance(scorer.model, nn.Module):
         raise ValueError("an exported scorer has no weights to save: save the one that it was made from")
     folder = Path(folder)
@@ -121,7 +135,7 @@ def save_pretrained(
 
 # %% ../../nbs/app/export.ipynb #617715bf
 class _Graph(nn.Module):
-    "Bytes in, scores and attention out: normalisation, folded model, pooling by matrices. `.double()` makes it a reference."
+    "Compute scores and attention of bytes: normalisation, folded model, pooling by matrices."
 
     def __init__(self, model: nn.Module, crop: int):
         super().__init__()
@@ -151,7 +165,7 @@ class ExportError(RuntimeError):
 
 
 def _need(*names: str) -> list:
-    "Optional packages; ImportError says how to get them."
+    "Import optional packages; ImportError says how to get them."
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as e:
@@ -160,21 +174,30 @@ def _need(*names: str) -> list:
 
 
 def _about(scorer: Scorer) -> dict[str, str]:
-    "What a file says of itself: JSON by name."
-    facts = dict(smart_iqa=1, policy=asdict(scorer.policy), calibration=asdict(scorer.calibration) if scorer.calibration else None, info=scorer.info,
-                 normalisation=dict(inside_the_graph=True, mean=MEAN, std=STD), precision="float32",
-                 input="crops: uint8 RGB, channels last; short side of the picture to policy.size, antialiased bilinear; the picture's score is the crops' mean")
+    "Collect what a file says of itself: JSON by name."
+    facts = dict(
+        smart_iqa=1,
+        policy=asdict(scorer.policy),
+        calibration=asdict(scorer.calibration) if scorer.calibration else None,
+        info=scorer.info,
+        normalisation=dict(inside_the_graph=True, mean=MEAN, std=STD),
+        precision="float32",
+        input="crops: uint8 RGB, channels last; short side of the picture to policy.size, antialiased bilinear; "
+              "the picture's score is the crops' mean",
+    )
     return {k: json.dumps(v) for k, v in facts.items()}
 
-
+# %% ../../nbs/app/export.ipynb #trace001
 def _trace(graph: nn.Module, crop: int):  # -> onnx.ModelProto, the batch free
+    "Trace a graph to ONNX, without where each node came from."
+    example = torch.zeros(2, crop, crop, 3, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the weights of the gate are kept as an attribute
-        program = torch.onnx.export(graph, (torch.zeros(2, crop, crop, 3, dtype=torch.uint8),), dynamo=True,
-                                    input_names=["crops"], output_names=graph.outputs,
+        program = torch.onnx.export(graph, (example,), dynamo=True, input_names=["crops"], output_names=graph.outputs,
                                     dynamic_shapes=dict(crops={0: torch.export.Dim("batch")}), verbose=False)
-    proto = program.model_proto
-    for part in (proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer, *proto.graph.value_info):
+    proto = program.model_proto  # made anew at every access
+    g = proto.graph
+    for part in (g, *g.node, *g.input, *g.output, *g.initializer, *g.value_info):
         del part.metadata_props[:]
         part.doc_string = ""
     return proto
@@ -185,18 +208,32 @@ def export_onnx(
     path: str | Path,     # .onnx; written whole or not at all
     limit: float = 1e-4,  # points by which a crop's score may differ from torch's in fp32
 ) -> pd.DataFrame:        # of `check_onnx`
-    "Write a scorer as ONNX and check it against torch. Input: uint8 crops (B, crop, crop, 3); ExportError where the numbers differ, ImportError without onnx."
+    """Write a scorer as ONNX and check it against torch. Its input is uint8 crops (B, crop, crop, 3).
+
+    ExportError where the numbers differ, ImportError without onnx."""
     onnx, *_ = _need("onnx", "onnxscript", "onnxruntime")
     path = Path(path)
     proto = _trace(_Graph(scorer.model, scorer.policy.crop), scorer.policy.crop)
     onnx.helper.set_model_props(proto, _about(scorer))
     with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
-        found = check_onnx(temporary, scorer)
-        if not found.score.max() <= limit or not found.attention.max() <= limit:
-            raise ExportError(f"{path.name}: scores differ from torch's by up to {found.score.max():.1e} points, attention by {found.attention.max():.1e}, more than "
-                              f"limit={limit:g}; if that is the rounding of a deep network, raise the limit")
-    return found
+        differences = check_onnx(temporary, scorer)
+        score, attention = differences.score.max(), differences.attention.max()
+        if not score <= limit or not attention <= limit:
+            raise ExportError(f"{path.name}: scores differ from torch's by up to {score:.1e} points, attention by "
+                              f"{attention:.1e}, more than limit={limit:g}; if that is the rounding of a deep network, "
+                              "raise the limit")
+    return differences
+
+# %% ../../nbs/app/export.ipynb #checkonx
+def _check_crops(scorer: Scorer, pictures: Iterable, n: int) -> dict[str, np.ndarray]:
+    "Cut n crops or a few more of pictures, and draw as many of random bytes."
+    crops = [cut(as_image(picture), scorer.policy) for picture in pictures]
+    each = -(-n // len(crops))
+    real = np.concatenate([c[np.linspace(0, len(c) - 1, each).astype(int)] for c in crops])
+    side = scorer.policy.crop
+    noise = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+    return {"photographs": real, "random bytes": noise}
 
 
 def check_onnx(
@@ -204,17 +241,16 @@ def check_onnx(
     scorer: Scorer,                         # that the file was made from
     pictures: Iterable | None = None,       # None: photographs that come with our dependencies
     batches: tuple[int, ...] = (1, 3, 20),
-) -> pd.DataFrame:                          # crops (photographs, random bytes), batch, score, attention (largest absolute difference)
+) -> pd.DataFrame:                          # crops, batch, and the largest differences of score and attention
     "Run a file and the model in fp32 on the same crops."
-    other, p = OnnxScorer(path, batch_size=max(batches)), scorer.policy
-    model = scorer if not scorer.bf16 and scorer.device.type == "cpu" else Scorer(copy.deepcopy(scorer.model), p, device="cpu", amp="off")
-    real = [cut(as_image(i), p) for i in pictures or map(photograph, ("coffee", "chelsea", "rocket", "camera"))]
-    real = np.concatenate([c[np.linspace(0, len(c) - 1, -(-max(batches) // len(real))).astype(int)] for c in real])
-    kinds = {"photographs": real, "random bytes": np.random.default_rng(0).integers(0, 256, (max(batches), p.crop, p.crop, 3), dtype=np.uint8)}
+    exported, model = OnnxScorer(path, batch_size=max(batches)), scorer
+    if scorer.bf16 or scorer.device.type != "cpu":
+        model = Scorer(copy.deepcopy(scorer.model), scorer.policy, device="cpu", amp="off")
+    pictures = pictures or map(photograph, ("coffee", "chelsea", "rocket", "camera"))
     rows = []
-    for kind, crops in kinds.items():
+    for kind, crops in _check_crops(scorer, pictures, max(batches)).items():
         for n in batches:
-            apart = np.abs(other._score_crops(crops[:n]) - model._score_crops(crops[:n]))
+            apart = np.abs(exported._score_crops(crops[:n]) - model._score_crops(crops[:n]))
             rows.append(dict(crops=kind, batch=n, score=apart[:, 0].max(), attention=apart[:, 1:].max(initial=0)))
     return pd.DataFrame(rows)
 
@@ -223,9 +259,11 @@ ENGINES = ("onnxruntime", "openvino")
 
 
 def _onnxruntime(path: Path, threads: int, precision: str):
+    "Load a file into onnxruntime: a function of crops, and what the file says of itself."
     (ort,) = _need("onnxruntime")
     if precision != "float32":
-        raise ValueError(f"precision={precision!r}: onnxruntime computes as the file says; for int8 give a file of `quantise_onnx`")
+        raise ValueError(f"precision={precision!r}: onnxruntime computes as the file says; "
+                         "for int8 give a file of `quantise_onnx`")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     try:
@@ -236,27 +274,29 @@ def _onnxruntime(path: Path, threads: int, precision: str):
 
 
 def _openvino(path: Path, threads: int, precision: str):
+    "Load a file into OpenVINO: a function of crops, and what the file says of itself."
     ov, onnx = _need("openvino", "onnx")
-    hint = dict(float32="f32", bfloat16="bf16", float16="f16")
-    check_names([precision], hint, "precision")
+    hints = dict(float32="f32", bfloat16="bf16", float16="f16")
+    check_names([precision], hints, "precision")
+    options = dict(INFERENCE_PRECISION_HINT=hints[precision]) | (dict(INFERENCE_NUM_THREADS=threads) if threads else {})
     try:
         about = {p.key: p.value for p in onnx.load(path).metadata_props}
         core = ov.Core()
-        model = core.compile_model(core.read_model(path), "CPU", dict(INFERENCE_PRECISION_HINT=hint[precision]) | (dict(INFERENCE_NUM_THREADS=threads) if threads else {}))
+        model = core.compile_model(core.read_model(path), "CPU", options)
     except Exception as e:
         raise CheckpointError(f"{path}: cannot be read by OpenVINO ({type(e).__name__})") from None
     return lambda crops: [v.copy() for v in model(crops).to_tuple()], about
 
 # %% ../../nbs/app/export.ipynb #62af1124
 class OnnxScorer(Scorer):
-    "A scorer from a file of `export_onnx` or `quantise_onnx`, run by onnxruntime or OpenVINO on the CPU."
+    "Score pictures by a file of `export_onnx` or `quantise_onnx`, run by onnxruntime or OpenVINO on the CPU."
 
     def __init__(
         self,
         path: str | Path,              # .onnx
         engine: str = "onnxruntime",   # or "openvino"
         threads: int = 0,              # 0: as many as the engine likes
-        precision: str = "float32",    # OpenVINO alone: "bfloat16" or "float16" are faster where the processor has them, and less exact
+        precision: str = "float32",    # OpenVINO alone: "bfloat16" or "float16" are faster where there are, less exact
         batch_size: int = 4,           # crops; few at a time stay in a processor's caches, and were faster
         level: float = 0.9,            # of the intervals
     ):
@@ -264,44 +304,43 @@ class OnnxScorer(Scorer):
         check_names([engine], ENGINES, "engine")
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
-        self._run, about = (_onnxruntime if engine == "onnxruntime" else _openvino)(path, threads, precision)
+        load = _onnxruntime if engine == "onnxruntime" else _openvino
+        self._run, about = load(path, threads, precision)
         if "smart_iqa" not in about:
             raise CheckpointError(f"{path}: was not written by export_onnx: it does not say how pictures become crops")
         about = {k: json.loads(v) for k, v in about.items() if k in ("policy", "calibration", "info", "precision")}
-        self.policy, self.info = Policy(**about["policy"]), about["info"] | dict(engine=engine, precision=about["precision"] if precision == "float32" else precision)
-        self.calibration = Calibration(*(tuple(about["calibration"][k]) for k in ("weights", "residuals"))) if about["calibration"] else None
-        self.device, self.bf16, self.batch_size, self.level, self.model = torch.device("cpu"), False, batch_size, level, None
-        if self.calibration:
-            self.calibration.interval([50.0], [1.0], level)
+        precision = about["precision"] if precision == "float32" else precision
+        info = about["info"] | dict(engine=engine, precision=precision)
+        stored = about["calibration"]
+        calibration = Calibration(*(tuple(stored[k]) for k in ("weights", "residuals"))) if stored else None
+        PictureScorer.__init__(self, Policy(**about["policy"]), calibration, info, batch_size, level)
+        self.device, self.bf16, self.model = torch.device("cpu"), False, None
 
-    def _score_crops(self, crops: np.ndarray) -> np.ndarray:  # (n, crop, crop, 3) uint8 -> (n, 1 or 5): score, attention
+    def _score_crops(self, crops: np.ndarray) -> np.ndarray:
         if (side := crops.shape[1]) != self.policy.crop:
             raise ValueError(f"crop={side}: this file takes crops of {self.policy.crop} x {self.policy.crop} alone")
         batches = [np.ascontiguousarray(crops[k : k + self.batch_size]) for k in range(0, len(crops), self.batch_size)]
         return np.concatenate([np.column_stack(self._run(b)) for b in batches]).astype(np.float64)
 
-    def map(
-        self,
-        picture,
-        crop: int | None = None,  # None or the policy's
-    ) -> QualityMap:
-        "Scores of the picture's own crops, where they lie."
+    def map(self, picture, crop: int | None = None) -> QualityMap:
+        "Make a map of the picture's own crops; `crop` is None or the policy's."
         return quality_map(self, picture, crop or self.policy.crop)
 
     def differentiable(self, *args, **kw):
-        "Not to be had from an exported file: TypeError."
+        "Raise TypeError: an exported file has no gradient."
         raise TypeError("an exported model has no gradient: use create_scorer")
 
 # %% ../../nbs/app/export.ipynb #b51ea29a
 def _quantised_nodes(proto, crop: int, float_stages: int) -> list[str]:
-    "Names of the backbone's convolutions, sums and activations whose maps are smaller than those of the stages that stay in fp32."
+    "Name the backbone's convolutions, sums and activations on maps smaller than those of the stages that stay in fp32."
     sides = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in proto.graph.value_info}
     weights = {v.name for v in proto.graph.initializer}
     chosen, outputs = [], set()
     for n in proto.graph.node:
-        fed = [i for i in n.input if i and i not in weights]
-        backbone = any(i.startswith("model.backbone.") for i in n.input)
-        if (n.op_type == "Conv" and backbone) or (n.op_type in ("Add", "Clip", "Relu") and fed and outputs.issuperset(fed)):
+        inputs = [i for i in n.input if i and i not in weights]
+        convolution = n.op_type == "Conv" and any(i.startswith("model.backbone.") for i in n.input)
+        follows = n.op_type in ("Add", "Clip", "Relu") and inputs and outputs.issuperset(inputs)
+        if convolution or follows:
             outputs.update(n.output)
             if not float_stages or sides.get(n.output[0], crop) * 2 ** (float_stages + 1) < crop:
                 chosen.append(n.name)
@@ -309,13 +348,22 @@ def _quantised_nodes(proto, crop: int, float_stages: int) -> list[str]:
 
 
 class _Reader:
-    "Calibration crops as onnxruntime wants them, eight at a time."
+    "Hand calibration crops to onnxruntime, eight at a time."
 
     def __init__(self, crops: np.ndarray):
         self.batches = iter([dict(crops=crops[k : k + 8]) for k in range(0, len(crops), 8)])
 
     def get_next(self):
         return next(self.batches, None)
+
+# %% ../../nbs/app/export.ipynb #quantise
+def _range_crops(pictures: list, policy: Policy, n: int) -> np.ndarray:
+    "Cut about n crops, evenly from all pictures."
+    each, chosen = max(1, -(-n // len(pictures))), []
+    for picture in pictures:
+        crops = cut(as_image(picture), policy)
+        chosen.append(crops[np.linspace(0, len(crops) - 1, min(each, len(crops))).round().astype(int)])
+    return np.concatenate(chosen)
 
 
 def quantise_onnx(
@@ -325,58 +373,69 @@ def quantise_onnx(
     crops: int = 64,            # so many crops of them, evenly
     float_stages: int = 1,      # first stages that stay in fp32, 0-3
 ):
-    "Write a static int8 version of an exported convolutional model. Measure what it costs with `compare_engines`. ValueError where there is nothing to quantise."
-    onnx, quantization, inference = _need("onnx", "onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
-    about, pictures, out = OnnxScorer(path), list(pictures), Path(out)
+    """Write a static int8 version of an exported convolutional model; `compare_engines` measures what it costs.
+
+    ValueError where there is nothing to quantise."""
+    onnx, quantization = _need("onnx", "onnxruntime.quantization")
+    policy, pictures, out = OnnxScorer(path).policy, list(pictures), Path(out)
     if not pictures or float_stages not in range(4):
-        raise ValueError(f"{len(pictures)} pictures, float_stages={float_stages}: give at least one picture, and 0 to 3 stages")
-    each = max(1, -(-crops // len(pictures)))
-    found = (cut(as_image(p), about.policy) for p in pictures)
-    shown = np.concatenate([c[np.linspace(0, len(c) - 1, min(each, len(c))).round().astype(int)] for c in found])
+        raise ValueError(f"{len(pictures)} pictures, float_stages={float_stages}: "
+                         "give at least one picture, and 0 to 3 stages")
+    reader = _Reader(_range_crops(pictures, policy, crops))
+    kinds = dict(activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8)
     prepared = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        inference.quant_pre_process(str(path), str(prepared))
-        nodes = _quantised_nodes(onnx.load(prepared), about.policy.crop, float_stages)
-        if not any(n.op_type == "Conv" and n.name in set(nodes) for n in onnx.load(prepared).graph.node):
-            raise ValueError(f"{path}: has no convolutions to quantise in its backbone; int8 is for convolutional models")
-        quantization.quantize_static(str(prepared), str(out), _Reader(shown), per_channel=True, nodes_to_quantize=nodes,
-                                     activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8)
+        quantization.shape_inference.quant_pre_process(str(path), str(prepared))
+        proto = onnx.load(prepared)
+        nodes = _quantised_nodes(proto, policy.crop, float_stages)
+        if not any(n.op_type == "Conv" and n.name in set(nodes) for n in proto.graph.node):
+            raise ValueError(f"{path}: has no convolutions to quantise in its backbone; "
+                             "int8 is for convolutional models")
+        quantization.quantize_static(str(prepared), str(out), reader, per_channel=True, nodes_to_quantize=nodes,
+                                     **kinds)
     finally:
         prepared.unlink(missing_ok=True)
-    proto = onnx.load(out)
-    told = {p.key: p.value for p in onnx.load(path).metadata_props}
-    onnx.helper.set_model_props(proto, told | dict(precision=json.dumps(f"int8 ({len(nodes)} nodes; heads and {float_stages} of 4 stages in float32)")))
+    proto, card = onnx.load(out), {p.key: p.value for p in onnx.load(path).metadata_props}
+    precision = f"int8 ({len(nodes)} nodes; heads and {float_stages} of 4 stages in float32)"
+    onnx.helper.set_model_props(proto, card | dict(precision=json.dumps(precision)))
     onnx.save(proto, out)
 
 # %% ../../nbs/app/export.ipynb #d4c9086c
+def _time_engines(scorers: list, pictures: Iterable, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
+    "Score pictures by each scorer in turn: scores and seconds, (pictures, scorers)."
+    scores, seconds = [], []
+    for k, picture in enumerate(pictures):
+        crops, rows = cut(as_image(picture), policy), []
+        for s in scorers * (2 if k == 0 else 1):  # the first time warms up
+            start = time.perf_counter()
+            rows.append((s._score_crops(crops)[:, 0].mean(), time.perf_counter() - start))
+        of_picture = np.transpose(rows[-len(scorers):])
+        scores.append(of_picture[0])
+        seconds.append(of_picture[1])
+    if len(scores) < 3:
+        raise ValueError(f"{len(scores)} pictures: a rank correlation needs three at least")
+    return np.array(scores), np.array(seconds)
+
+# %% ../../nbs/app/export.ipynb #engines1
 def compare_engines(
     scorers: dict[str, Scorer],    # by name; the first is what the others are compared with
     pictures: Iterable,
     truth: Iterable[float] | None = None,  # mean opinion scores of the pictures, where there are any
-    crops: int | None = None,      # fewer crops a picture than the policy has
-) -> pd.DataFrame:  # a row a scorer: speed (times the first's), mean and largest difference (points), SRCC with the first's scores; with truth: SRCC with it, loss against the first and its 95 % interval
-    "How far scorers agree, and how fast each is beside the first."
+    crops: int | None = None,      # fewer crops per picture than the policy has
+) -> pd.DataFrame:  # per scorer: speed, differences (points), SRCC with the first; with truth: SRCC, and its loss
+    "Measure how far scorers agree, and how many times as fast as the first each is."
     policies = {s.policy for s in scorers.values()}
     if len(policies) != 1:
         raise ValueError(f"the scorers have {len(policies)} picture policies: they must look at the same crops")
     policy = policies.pop() if crops is None else replace(policies.pop(), crops=crops)
-    scores, seconds = [], []
-    for k, picture in enumerate(pictures):
-        shown, rows = cut(as_image(picture), policy), []
-        for s in list(scorers.values()) * (2 if k == 0 else 1):  # the first time warms up
-            start = time.perf_counter()
-            rows.append((s._score_crops(shown)[:, 0].mean(), time.perf_counter() - start))
-        score, second = np.transpose(rows[-len(scorers):])
-        scores.append(score)
-        seconds.append(second)
-    if len(scores) < 3:
-        raise ValueError(f"{len(scores)} pictures: a rank correlation needs three at least")
-    scores, seconds = np.array(scores), np.array(seconds)  # (pictures, scorers)
+    scores, seconds = _time_engines(list(scorers.values()), pictures, policy)
     apart = np.abs(scores - scores[:, :1])
-    table = pd.DataFrame(dict(speed=np.median(seconds[:, :1] / seconds, 0), mean_difference=apart.mean(0), largest_difference=apart.max(0),
-                              srcc_with_first=[srcc(s, scores[:, 0]) for s in scores.T]), index=pd.Index(scorers, name="scorer"))
-    if truth is not None:
-        truth = list(truth)
-        paired = [compare(scores[:, 0], s, truth) for s in scores.T]  # bootstrap over pictures
-        table = table.assign(srcc=[p["b"] for p in paired], srcc_loss=[p["diff"] for p in paired], loss_low=[p["low"] for p in paired], loss_high=[p["high"] for p in paired])
-    return table
+    columns = dict(speed=np.median(seconds[:, :1] / seconds, 0), mean_difference=apart.mean(0),
+                   largest_difference=apart.max(0), srcc_with_first=[srcc(s, scores[:, 0]) for s in scores.T])
+    table = pd.DataFrame(columns, index=pd.Index(scorers, name="scorer"))
+    if truth is None:
+        return table
+    truth = list(truth)
+    paired = [compare(scores[:, 0], s, truth) for s in scores.T]  # bootstrap over pictures
+    names = dict(srcc="b", srcc_loss="diff", loss_low="low", loss_high="high")
+    return table.assign(**{name: [p[key] for p in paired] for name, key in names.items()})
