@@ -229,7 +229,7 @@ def parse_parameters(
     words: list[str],  # "--lr", "1e-4", or "--lr=1e-4", or "lr=1e-4"
 ) -> dict:
     "Read parameters of a notebook from words of the command line. ValueError for a word that is none, or given twice."
-    from smart_iqa.lab.runs import parse_value
+    from smart_iqa.lab.notebooks import parse_value
 
     values, words = {}, list(words)
     while words:
@@ -262,13 +262,16 @@ class Run:
     words: Suppress[tuple[str, ...]] = ()
 
     def __call__(self):
-        from smart_iqa.lab.runs import execute, parameters_of
+        from smart_iqa.lab.notebooks import check_parameters, parameters_of
 
         if self.parameters:
             for name, p in parameters_of(self.notebook).items():
                 say(f"--{name:<19} {p['default']:<11} {p['help']}".rstrip())
             return
         values = parse_parameters(self.words)
+        check_parameters(self.notebook, values)
+        from smart_iqa.lab.runs import execute  # takes seconds to import
+
         _show(execute(self.notebook, values, out=self.out, batch=self.batch, name=self.name, again=self.again))
 
 # %% ../nbs/cli.ipynb #6211dbf1
@@ -291,7 +294,7 @@ class Finetune:
     words: Suppress[tuple[str, ...]] = ()
 
     def __call__(self):
-        from smart_iqa.lab.runs import execute
+        from smart_iqa.lab.notebooks import check_parameters
 
         for path in (self.labels, self.images):
             if not Path(path).exists():
@@ -301,6 +304,9 @@ class Finetune:
                       score_range=self.score_range, score_column=self.score_column, image_column=self.image_column,
                       full=self.full or None)
         values = {k: v for k, v in values.items() if v is not None} | parse_parameters(self.words)
+        check_parameters("finetune", values)
+        from smart_iqa.lab.runs import execute  # takes seconds to import
+
         _compare(execute("finetune", values, out=self.out, batch="finetune", name=self.name))
 
 

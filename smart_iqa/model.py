@@ -273,11 +273,16 @@ def load_checkpoint(
     path: str | Path,                    # .safetensors of ours, a published .pkl/.pth, or what else `find_checkpoint` takes
     device: torch.device | str = "cpu",
 ) -> _Model:                             # in eval mode
-    "Load the model that a checkpoint holds, detected by its keys. CheckpointError says what does not fit, or which head is not installed."
+    "Load the model of a checkpoint. CheckpointError says what does not fit, or which head is not installed."
     path = find_checkpoint(path)
     state, arguments = _read(path)
     state = {native_name(k): v for k, v in state.items()}
     arguments = current_names(arguments) or _arguments_of(state, path)
+    try:
+        find_head(arguments.get("head", "hyper"))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}. Install the package that has this head, or import the module that adds "
+                              f"it to HEADS, and load the checkpoint again") from None
     try:
         model = build_model(**arguments)
     except (TypeError, ValueError) as e:
@@ -287,8 +292,9 @@ def load_checkpoint(
                 "wrong shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
                                 for k in own if k in state and own[k].shape != state[k].shape]}
     if any(problems.values()):
-        told = "; ".join(f"{len(v)} {what}: {', '.join(v[:5])}{' ...' if len(v) > 5 else ''}" for what, v in problems.items() if v)
-        raise CheckpointError(f"{path}: does not fit {model.arguments}: {told}")
+        lists = [f"{len(keys)} {kind}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+                 for kind, keys in problems.items() if keys]
+        raise CheckpointError(f"{path}: does not fit {model.arguments}: {'; '.join(lists)}")
     model.load_state_dict(state)
     return model.to(device).eval()
 

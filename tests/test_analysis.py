@@ -104,7 +104,7 @@ def test_a_gate_that_follows_quality_holds(two):
     """a3 rises with the true score without exception: correlation 1 with interval [1, 1], all parts hold, and seeds
     agree."""
     runs = open_seeds(two, n_boot=200)
-    rho = correlations({"a3": gate_values(runs)["a3"]}, runs.score, **runs.how).set_index("seed")
+    rho = correlations({"a3": gate_values(runs)["a3"]}, runs.score, **runs.resampling).set_index("seed")
     assert rho.rho["mean"] == pytest.approx(1) and rho.low["mean"] == pytest.approx(1)
     assert verdicts(runs) == ["holds"] * 5
 
@@ -136,8 +136,8 @@ def test_rows_have_no_order(two, tmp_path):
     a, b = (open_seeds(folders, n_boot=100) for folders in (two, mixed))
     assert triage_claims(a) == triage_claims(b)
     pd.testing.assert_frame_equal(
-        bin_means(a.score, dict(pred=a.values("pred")), **a.how),
-        bin_means(b.score, dict(pred=b.values("pred")), **b.how),
+        bin_means(a.score, dict(pred=a.values("pred")), **a.resampling),
+        bin_means(b.score, dict(pred=b.values("pred")), **b.resampling),
     )
     pd.testing.assert_frame_equal(worst_cases(a), worst_cases(b))
 

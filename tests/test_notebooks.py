@@ -14,6 +14,8 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
+from smart_iqa.lab.notebooks import parameters_of
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("", "lab", "app", "tutorials", "results")
 LIBRARY = [p for folder in FOLDERS for p in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
@@ -80,6 +82,8 @@ def test_experiment_parameters(path):
     written = re.findall(r"^(\w+)\s*=", tagged[0].source, re.M)
     assert list(papermill.inspect_notebook(str(path))) == written
     assert {"out", "batch", "name", "folder"} <= set(written)
+    seen = papermill.inspect_notebook(str(path))
+    assert parameters_of(path) == {name: dict(default=p["default"], help=p["help"]) for name, p in seen.items()}
 
 
 def test_readme_is_made_from_the_index():

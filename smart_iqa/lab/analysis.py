@@ -14,7 +14,7 @@ __all__ = ['SMALL', 'NEARLY_ALL', 'BALANCED', 'AGREE', 'TRIAGE', 'STATISTICS', '
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,14 +26,14 @@ from numpy.typing import ArrayLike
 from scipy import ndimage, stats
 from torch import nn
 
-from ..config import MACHINE, Config, make_config
+from ..config import MACHINE
 from ..crops import normalise
 from ..data import read_set
 from ..images import ImageError, pixels_or_reason
 from . import figures
 from .compare import PART_NAMES, all_of, claim, corrected, part_of, resampling_of, verdict
 from .figures import with_interval
-from .runs import read_run, run_digest
+from .runs import config_of, read_run, run_digest
 from .experiment import write_experiment
 from ..metrics import _counts, boot_models, fit_logistic, interval_of
 
@@ -64,7 +64,7 @@ class SeedRuns:
         return resampling_of(self.labels)
 
     @property
-    def how(self) -> dict:  # n_boot and groups, as every function below takes them
+    def resampling(self) -> dict:  # n_boot and groups, as every function below takes them
         n_boot = 0 if self.resampled == "nothing" else self.n_boot
         return dict(n_boot=n_boot, groups=self.labels.ref if self.resampled == "scenes" else None)
 
@@ -163,7 +163,7 @@ def _two_sided(boot: np.ndarray) -> float:  # (n_boot,) of what should be 0
 
 
 def _boot_rho(x: np.ndarray, y: np.ndarray, n_boot: int, groups) -> np.ndarray:  # (1 + n_boot,)
-    "Spearman correlation, then that of every resample; 0 where one of the two never changes."
+    "Compute the Spearman correlation, then that of every resample; 0 where one of the two never changes."
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return np.zeros(1 + n_boot)
     return boot_models({"x": x}, y, n_boot=n_boot, groups=groups)["x"]
@@ -348,14 +348,14 @@ def between_seeds(
 
 # %% ../../nbs/lab/analysis.ipynb #3f4e7268
 def _ends(row, column: str) -> tuple:
-    "A mean of `bin_means` and its interval."
+    "Return a mean of `bin_means` and its interval."
     return row[column], row[f"{column}_low"], row[f"{column}_high"]
 
 
 def _three_claims(runs: SeedRuns, gate: dict[str, np.ndarray]) -> list[dict]:
-    "The three measurable parts of the triage claim."
-    tenth = bin_means(runs.score, gate, 10, **runs.how)
-    rho = correlations({"a3": gate["a3"]}, runs.score, **runs.how).iloc[-1]
+    "Measure the three measurable parts of the triage claim."
+    tenth = bin_means(runs.score, gate, 10, **runs.resampling)
+    rho = correlations({"a3": gate["a3"]}, runs.score, **runs.resampling).iloc[-1]
     best, same, worst = (
         _ends(tenth.iloc[-1], "a3"), _ends(tenth.iloc[0], "a3"), _ends(tenth.iloc[0], "entropy"),
     )
@@ -385,7 +385,7 @@ def triage_claims(runs: SeedRuns) -> list[dict]:  # claim, published, measured, 
         raise ValueError(f"{runs.runs[0]['run_id']}: the model has no gate (attention weights are NaN)")
     claims = _three_claims(runs, gate)
     verdicts = [c["verdict"] for c in claims]
-    agree = between_seeds(gate["a3"], **runs.how)
+    agree = between_seeds(gate["a3"], **runs.resampling)
     pairs = "one seed"
     if len(runs.runs) > 1:
         pairs = f"mean Spearman {with_interval(*agree, sign=True)} between {len(runs.runs)} seeds"
@@ -438,23 +438,21 @@ class Pictures:
         root: str | Path | None = None,  # folder of the image set, where it has moved
         cache: str | Path | None = None,  # where the demo set lies; None: as everywhere
     ):
-        known = {f.name for f in fields(Config)}
-        kept = {k: v for k, v in runs.runs[0]["config"].items() if k in known}
-        cfg = make_config(**kept | dict(on_error="skip"))
+        cfg = config_of(runs.runs[0]["config"], on_error="skip")
         cfg = replace(cfg, root=str(root) if root else cfg.root, cache=str(cache) if cache else None)
-        self.found, self.size, self.fit = read_set(cfg), cfg.size, cfg.fit
-        here = self.found.table.set_index("image").score.reindex(runs.labels.image)
-        if here.isna().any() or not np.allclose(here, runs.score, atol=1e-3):
+        self.image_set, self.size, self.fit = read_set(cfg), cfg.size, cfg.fit
+        scores = self.image_set.table.set_index("image").score.reindex(runs.labels.image)
+        if scores.isna().any() or not np.allclose(scores, runs.score, atol=1e-3):
             raise ValueError(
-                f"{self.found.root}: holds not the pictures of {runs.runs[0]['run_id']}, or other scores "
-                f"({int(here.isna().sum())} of {len(here)} are missing)"
+                f"{self.image_set.root}: holds not the pictures of {runs.runs[0]['run_id']}, or other scores "
+                f"({int(scores.isna().sum())} of {len(scores)} are missing)"
             )
 
     def __getitem__(self, image: str) -> np.ndarray:
-        got = pixels_or_reason((self.found.path(image), self.size, self.fit))
-        if isinstance(got, str):
-            raise ImageError(got)
-        return got
+        pixels = pixels_or_reason((self.image_set.path(image), self.size, self.fit))
+        if isinstance(pixels, str):
+            raise ImageError(pixels)
+        return pixels
 
 # %% ../../nbs/lab/analysis.ipynb #6dba20ef
 def contact_sheet(
@@ -485,7 +483,7 @@ def watched(
 ) -> Iterator[list]:  # its outputs, a forward pass each
     "Collect what a module returns while the block lasts: with watched(model.head.gate) as seen: model(x)."
     seen = []
-    handle = module.register_forward_hook(lambda m, given, output: seen.append(output))
+    handle = module.register_forward_hook(lambda m, args, output: seen.append(output))
     try:
         yield seen
     finally:

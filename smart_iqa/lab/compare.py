@@ -41,7 +41,7 @@ def resampling_of(part: pd.DataFrame) -> str:
 
 
 def _bootstrap(labels: pd.DataFrame) -> tuple[bool, pd.Series | None]:
-    "Whether rows can be resampled at all, and the groups that are drawn (None: single images)."
+    "Decide whether rows can be resampled at all, and which groups are drawn (None: single images)."
     unit = resampling_of(labels)
     return unit != "nothing", labels.ref if unit == "scenes" else None
 
@@ -74,21 +74,20 @@ def summarise(
 
 # %% ../../nbs/lab/compare.ipynb #8e11add8
 def _by_seed(runs: dict[int, dict], seeds, part: str) -> pd.DataFrame:
-    "Predictions of one split: a row per image, a column per seed."
-    return pd.concat(
-        [part_of(runs[s]["predictions"], part).set_index("image").pred.rename(index=s) for s in seeds], axis=1,
-    )
+    "Collect the predictions of one split: a row per image, a column per seed."
+    columns = [part_of(runs[s]["predictions"], part).set_index("image").pred.rename(s) for s in seeds]
+    return pd.concat(columns, axis=1)
 
 
 def _mean_row(arm: str, pred: pd.DataFrame, score: pd.Series) -> dict:
-    "The mean SRCC of an arm and its standard deviation over seeds."
+    "Compute the mean SRCC of an arm and its standard deviation over seeds."
     each = [srcc(pred[s], score) for s in pred]
     spread = np.std(each, ddof=1) if len(each) > 1 else np.nan
     return dict(arm=arm, seeds=len(each), n=len(pred), srcc=np.mean(each), srcc_std=spread)
 
 
 def _gain(a: pd.DataFrame, b: pd.DataFrame, labels: pd.DataFrame, n_boot: int) -> dict:
-    "The paired SRCC difference a - b with interval and p-value over images and seeds; NaN where scenes are too few."
+    "Compute the paired SRCC difference a - b with interval and p-value; NaN where scenes are too few."
     enough, groups = _bootstrap(labels)
     c = compare(a.T, b.T, labels.score, n_boot=n_boot if enough else 1, groups=groups)
     if not enough:
@@ -130,13 +129,13 @@ def compare_arms(
 
 # %% ../../nbs/lab/compare.ipynb #0feef043
 def seen_before(
-    found: ImageSet,          # both lists are of it; near-duplicates count where they were looked for
+    images: ImageSet,         # both lists are of it; near-duplicates count where they were looked for
     tested: Iterable[str],    # images that are scored
     made_with: Iterable[str], # images that a model was trained, chosen or calibrated on
 ) -> set[str]:
     "List the tested images that the model has met: themselves, another image of their scene, or a near-duplicate."
     tested, made = set(tested), set(made_with)
-    table, pairs = found.table, found.duplicates
+    table, pairs = images.table, images.duplicates
     scenes = table.ref[table.image.isin(made)]
     met = tested & (made | set(table.image[table.ref.isin(scenes)]))
     if pairs is not None:
@@ -146,7 +145,7 @@ def seen_before(
 
 # %% ../../nbs/lab/compare.ipynb #fa41047d
 def _test_rows(run: dict) -> pd.DataFrame:
-    "The test predictions of a run, by image name."
+    "Select the test predictions of a run, by image name."
     return run["predictions"].query("split == 'test'").set_index("image").sort_index()
 
 
@@ -213,7 +212,7 @@ def corrected(
 
 # %% ../../nbs/lab/compare.ipynb #0ad96773
 def _duel(cells: Cells, name: str, a: str, b: str | tuple, leave: set[str], metric: str, n_boot: int) -> dict:
-    "One pair of `compare_cells`."
+    "Compare one pair of models on one set."
     others = b if isinstance(b, tuple) else (b,)
     labels, one = _tested(cells[a, name], leave, None, f"{a} on {name}")
     two = np.concatenate([_tested(cells[o, name], leave, labels, f"{o} on {name}")[1] for o in others])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_LOCK', 'KERNEL_LOCK', 'LOCKS', 'LOG', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here', 'release',
            'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'read_run', 'run_digest', 'time_left',
-           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'experiments', 'find_notebook',
-           'parameters_of', 'parse_value', 'planned_folder', 'execute', 'train_together']
+           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'planned_folder', 'execute',
+           'train_together']
 
 # %% ../../nbs/lab/runs.ipynb #d727eab7
 import hashlib
@@ -24,17 +24,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import smart_iqa
 import torch
 from filelock import FileLock, Timeout
 from traitlets.config import Config as TraitConfig
 
-from ..config import MACHINE, Config, check_names, fingerprint, make_config, run_id
+from ..config import MACHINE, Config, check_names, current_names, fingerprint, make_config, run_id
 from ..crops import build_cache
 from ..data import load_set
 from ..devices import Devices, _write_environment, environment, last_environment
 from ..files import PROGRESS, meanwhile, read_lines, take_lock, usable_cores, write_json, write_whole
 from ..frozen import FrozenFeed
+from .notebooks import find_notebook, parameters_of, parse_value
 from ..splits import ImageSet
 from ..training import CropFeed, Solver, TrainingError, make_model
 
@@ -111,7 +111,7 @@ def release(
         if lock := _kept.pop(Path(folder).resolve() / name, None):
             lock.release()
 
-
+# %% ../../nbs/lab/runs.ipynb #bc344ee0
 def hold_by_hand(folder: str | Path):
     """Hold a folder until this process ends. Busy where another process works there, ValueError where the run is
     finished; then nothing new is held."""
@@ -178,9 +178,9 @@ def config_of(
     """Rebuild the configuration of a run from its record. Fields that this version does not have are left out.
     ValueError as of `make_config`."""
     names = {f.name for f in fields(Config)}
-    return make_config(**{k: v for k, v in recorded.items() if k in names} | changed)
+    return make_config(**{k: v for k, v in current_names(recorded).items() if k in names} | changed)
 
-
+# %% ../../nbs/lab/runs.ipynb #ad22ff60
 def read_run(
     folder: str | Path,  # of a finished run
 ) -> dict:               # its record, and config, environment, history and predictions (frames)
@@ -216,7 +216,7 @@ def _read(path: Path) -> dict:
     except (OSError, json.JSONDecodeError):
         return {}
 
-
+# %% ../../nbs/lab/runs.ipynb #d29c6ce6
 def time_left(
     config: dict,           # of the run: epochs
     history: pd.DataFrame,  # its finished epochs: seconds, and val_seconds where they were measured
@@ -291,7 +291,7 @@ def _logged(folder: Path) -> dict:
         row |= {f"{part}_{k}": metrics.get(k) for k in ("n", "srcc", "plcc", "rmse")}
     return row
 
-
+# %% ../../nbs/lab/runs.ipynb #f909ec0c
 def list_runs(
     out: str | Path = "outputs",
     where: str | None = None,  # a pandas query over columns and parameters, such as "seed == 0 and loss == 'l1'"
@@ -369,26 +369,6 @@ class RunError(RuntimeError):
         super().__init__(message)
         self.kind, self.reason = kind, reason  # class and message of the error in the notebook
 
-
-def experiments() -> dict[str, Path]:
-    "List the experiment notebooks that come with this installation, by name."
-    package = Path(smart_iqa.__file__).resolve().parent
-    folders = (package.parent / "nbs" / "experiments", package / "experiments")
-    return {p.stem: p for folder in folders for p in sorted(folder.glob("*.ipynb"))}
-
-
-def find_notebook(
-    name: str | Path,  # "train", or the path of any notebook with a parameters cell
-) -> Path:
-    "Find the notebook of an experiment. ValueError lists the experiments."
-    path = Path(name)
-    if path.suffix == ".ipynb":
-        if not path.is_file():
-            raise ValueError(f"{path}: no such notebook")
-        return path.resolve()
-    check_names([str(name)], experiments(), "experiment")
-    return experiments()[str(name)]
-
 # %% ../../nbs/lab/runs.ipynb #d86e2fa4
 class _Whole:
     "A papermill handler that writes a notebook whole or not at all."
@@ -413,25 +393,8 @@ def _papermill():
     papermill_io.register(_Whole.prefix, _Whole())
     return papermill
 
-
-def parameters_of(
-    notebook: str | Path,
-) -> dict[str, dict]:  # name -> default (as text) and help
-    "List the parameters of a notebook, in order, as papermill sees them. ValueError where it has no parameters cell."
-    path = find_notebook(notebook)
-    parameters = _papermill().inspect_notebook(str(path))
-    if not parameters:
-        raise ValueError(f"{path}: has no cell tagged 'parameters' "
-                         "(nbdev_clean strips the tag without allowed_cell_metadata_keys = tags)")
-    return {name: dict(default=p["default"], help=p["help"]) for name, p in parameters.items()}
-
-# %% ../../nbs/lab/runs.ipynb #af43d42c
-def parse_value(text: str):
-    "Read a value given as text: JSON, Python's True, False and None, or the text itself."
-    try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except json.JSONDecodeError:
-        return text
+# %% ../../nbs/lab/runs.ipynb #ad7cd96c
+#| export
 
 # %% ../../nbs/lab/runs.ipynb #f6fb6175
 def _line(progress: dict) -> str:
@@ -535,7 +498,7 @@ def _failed(stem: str, folder: Path, kind: str, reason: str, message: str) -> Ru
         write_json(folder / "failure.json", failure)
     return RunError(message, kind, reason)
 
-
+# %% ../../nbs/lab/runs.ipynb #df70b9f9
 def _execute(path: Path, folder: Path, parameters: dict):
     "Run a notebook in a kernel of its own. RunError where it, its kernel or a disk fails."
     papermill = _papermill()
@@ -572,7 +535,7 @@ def _remove_leftovers(folder: Path):
     for path in (folder / "failure.json", *folder.glob("progress.json*"), *folder.glob(".*.tmp")):
         path.unlink(missing_ok=True)
 
-
+# %% ../../nbs/lab/runs.ipynb #c2192b28
 def execute(
     notebook: str | Path,           # "train", another experiment, or a path
     parameters: dict | None = None, # checked by name against the notebook's parameters
@@ -627,7 +590,7 @@ def _end_with_parent():
 
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/lab/runs.ipynb #c8137080
 def _named(
     arguments: list[str],  # a run folder, or NAME=VALUE as `smart-iqa run train` takes them
 ) -> tuple[Path, Config, ImageSet]:
@@ -685,7 +648,7 @@ def train_together(
         print(f"{folder}: {outcome}", flush=True)
     return devices
 
-
+# %% ../../nbs/lab/runs.ipynb #11b40f5e
 def _main():
     _end_with_parent()
     try:
