@@ -87,7 +87,8 @@ def build(out: Path):
     pages[ROOT / "README.md"] = pages[NBS / "index.ipynb"]  # it is made from the index
     for k, path in enumerate(order):
         nb = load(path)
-        around = dict(start=order[0], notebooks=order[1], previous=order[max(k - 1, 0)], next=order[(k + 1) % len(order)])
+        before, after = order[max(k - 1, 0)], order[(k + 1) % len(order)]
+        around = dict(start=order[0], notebooks=order[1], previous=before, next=after)
         links = " · ".join(link(p, path.parent, name) for name, p in around.items() if p != path)
         nb.cells = [new_markdown_cell(links), *nb.cells]
         nb.metadata["title"] = f"{title_of(path)} · SMART-IQA"
