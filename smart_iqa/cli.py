@@ -472,7 +472,7 @@ def paper(args: Paper) -> int:
 class Plan(Batch):
     """Estimate how long a batch of the paper takes, and how much memory and disk, from a few measured steps.
 
-    Without --root, pictures of the published number and size are rendered. Measurements are kept in the cache folder
+    Without --root, the published number of images counts, and rendered ones are measured. Measurements are kept in the cache folder
     and used again until the machine, versions or code change.
 
     Example: smart-iqa plan --profile paper --machine "a100-80gb devices=4" """
