@@ -51,7 +51,9 @@ class SetFacts:
     @property
     def official_text(self) -> str:  # "7,058 / 1,000 / 2,015"
         "Say what the official split is."
-        return self.official if isinstance(self.official, str) else " / ".join(f"{n:,}" if n else "none" for n in self.official)
+        if isinstance(self.official, str):
+            return self.official
+        return " / ".join(f"{n:,}" if n else "none" for n in self.official)
 
 # %% ../nbs/04_sets.ipynb #8629eded
 _UT = (
