@@ -472,8 +472,8 @@ def paper(args: Paper) -> int:
 class Plan(Batch):
     """Estimate how long a batch of the paper takes, and how much memory and disk, from a few measured steps.
 
-    Without --root, the published number of images counts, and rendered ones are measured. Measurements are kept in the cache folder
-    and used again until the machine, versions or code change.
+    Without --root, the published number of images counts, and rendered ones are measured. Measurements are kept in
+    the cache folder and used again until the machine, versions or code change.
 
     Example: smart-iqa plan --profile paper --machine "a100-80gb devices=4" """
     profile: option(Literal["demo", "lite", "paper"], "as of smart-iqa paper") = "paper"
