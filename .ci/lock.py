@@ -1,6 +1,6 @@
-"""Pin a paper run: write .ci/requirements.lock, every distribution that the package's requirements pull in, as
-installed here."""
-
+"""Pin the environment: write .ci/requirements.lock, with every distribution that the package and its extras pull in, as
+installed here.
+"""
 import platform
 from collections.abc import Iterable
 from configparser import ConfigParser
@@ -16,9 +16,9 @@ config = ConfigParser(delimiters=["="])
 config.read(root / "settings.ini", encoding="utf-8")
 
 HEADER = """\
-# The environment of a paper run, written by .ci/lock.py on Python {python}, {system}; development tools are not in it.
+# The environment of the tests and of a paper run, written by .ci/lock.py on Python {python}, {system}. Use it as a constraint:
 #
-#     pip install -r .ci/requirements.lock && pip install --no-deps .
+#     pip install -c .ci/requirements.lock ".[batch]"
 #
 # Local version suffixes (+cu130) are dropped, and so is what exists for one kind of GPU only (CUDA libraries, Triton):
 # PyTorch asks for those itself, pinned or nearly so, and pip installs them where they belong.
@@ -46,11 +46,7 @@ def pinned(
 
 
 if __name__ == "__main__":
-    lines = [
-        f"{name}=={version}"
-        for name, version in pinned(
-            f"{config['DEFAULT']['requirements']} {config['DEFAULT']['batch_requirements']}".split()
-        ).items()
-    ]
+    wanted = [r for key, value in config["DEFAULT"].items() if key.endswith("requirements") for r in value.split()]
+    lines = [f"{name}=={version}" for name, version in pinned(wanted).items()]
     text = HEADER.format(python=platform.python_version(), system=platform.system()) + "\n".join(lines) + "\n"
     (root / ".ci" / "requirements.lock").write_text(text, encoding="utf-8")

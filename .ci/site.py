@@ -21,8 +21,7 @@ NBS = ROOT / "nbs"
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 REPOSITORY = f"{config['DEFAULT']['git_url']}/blob/{config['DEFAULT']['branch']}"
-PARTS = {"The method": "", "Studies": "lab", "For photographs": "app",
-         "Experiments": "experiments", "Tutorials": "tutorials", "Results": "results"}
+FOLDERS = ("", "lab", "app", "experiments", "tutorials", "results")
 UNKNOWN = re.compile(r"<math[^>]*>(?:(?!</math>).)*(?:\\|&#x0005C;).*?</math>", re.S)  # a command left as it is
 
 
@@ -83,18 +82,15 @@ def target_of(url: str, path: Path, pages: dict[Path, Path]) -> str:
 def build(out: Path):
     "Write the site. A link to nowhere or a formula that is not understood ends it."
     more = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "CITATION.cff", NBS / "references.bib"]
-    parts = {caption: listed(folder) for caption, folder in PARTS.items()} | {"More": more}
-    order = [NBS / "index.ipynb", *(path for paths in parts.values() for path in paths)]
+    order = [NBS / "index.ipynb", NBS / "README.md", *(path for folder in FOLDERS for path in listed(folder)), *more]
     pages = {p: out / p.relative_to(NBS if NBS in p.parents else ROOT).with_suffix(".html") for p in order}
     pages[ROOT / "README.md"] = pages[NBS / "index.ipynb"]  # it is made from the index
-    index = ""
-    for caption, paths in parts.items():
-        index += "\n".join([f"## {caption}\n", *(f"- {link(p, NBS, title_of(p))}" for p in paths), "\n"])
     for k, path in enumerate(order):
         nb = load(path)
-        around = dict(contents=order[0], previous=order[max(k - 1, 0)], next=order[(k + 1) % len(order)])
+        before, after = order[max(k - 1, 0)], order[(k + 1) % len(order)]
+        around = dict(start=order[0], notebooks=order[1], previous=before, next=after)
         links = " · ".join(link(p, path.parent, name) for name, p in around.items() if p != path)
-        nb.cells = [new_markdown_cell(links), *nb.cells, *([new_markdown_cell(index)] if k == 0 else [])]
+        nb.cells = [new_markdown_cell(links), *nb.cells]
         nb.metadata["title"] = f"{title_of(path)} · SMART-IQA"
         page = OfflinePage(partial(target_of, path=path, pages=pages))
         html, _ = page.from_notebook_node(nb, {"metadata": {"path": str(path.parent)}})

@@ -472,26 +472,26 @@ def paper(args: Paper) -> int:
 class Plan(Batch):
     """Estimate how long a batch of the paper takes, and how much memory and disk, from a few measured steps.
 
-    Without --root, pictures of the published number and size are rendered. Measurements are kept in the cache folder
-    and used again until the machine, versions or code change.
+    Without --root, the published number of images counts, and rendered ones are measured. Measurements are kept in
+    the cache folder and used again until the machine, versions or code change.
 
     Example: smart-iqa plan --profile paper --machine "a100-80gb devices=4" """
     profile: option(Literal["demo", "lite", "paper"], "as of smart-iqa paper") = "paper"
     workers: option(Count | None, "runs at once", "N", "1") = None
     machine: option(Text | None, "another machine: 'a100-80gb devices=4 cores=32 disk_gb=500', or tflops= and "
-                    "memory_gb= of one device, utilisation= where it is known", "WORDS") = None
+                    "memory_gb= of one device", "WORDS") = None
     against: option(Text | None, "compare the estimate for this finished run with what it took", "RUN") = None
     anywhere: flag("--against may be of another machine") = False
     steps: option(Count, "measured steps of each kind of model", "N") = 3
     again: flag("measure anew") = False
 
     def __call__(self):
-        from smart_iqa.lab.plan import report
+        from smart_iqa.lab.estimate import estimate_text
 
         self._check_root()
-        say(report(self.profile, self.only, self.without, self.root, self.recipe, self.seeds, self.workers or 1,
-                   self.machine, self.against, self.steps, self.again, self.threads, self.cache, self.anywhere,
-                   echo=note))
+        common = {k: getattr(self, k) for k in ("root", "recipe", "seeds", "threads", "cache")}
+        say(estimate_text(self.profile, self.only, self.without, self.workers or 1, self.machine, self.against,
+                          self.steps, self.again, self.anywhere, echo=note, **common))
 
 # %% ../nbs/cli.ipynb #41e6f88c
 _NAME = Annotated[Positional[str], arg(metavar="NAME", help="name of a set (smart-iqa data list); csv for your own")]

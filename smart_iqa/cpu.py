@@ -229,7 +229,7 @@ class _FusedConv(nn.Module):
             x, weight, self.bias, padding, self.stride, [1, 1], self.groups, *self.act
         )
 
-
+# %% ../nbs/cpu.ipynb #742552cc
 def _fusable(conv: nn.Module) -> bool:
     'Say whether `_FusedConv` knows this convolution: plain, or "same" with stride 2.'
     plain = type(conv) is nn.Conv2d and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"

@@ -40,37 +40,21 @@ class Photo(NamedTuple):
     terms: str      # what the package says about copyright
 
 # %% ../nbs/03_demo.ipynb #de0988aa
+_NAVY = "not stated in the package; official US Navy portrait"
+_STEREO = "not stated; Middlebury 2014 stereo benchmark (cite Scharstein et al., GCPR 2014)"
+_HOPPER = "mpl-data/sample_data/grace_hopper.jpg"
+
 PHOTOS = (
     Photo("camera", "skimage", "data/camera.png", "train", ((0.2, 0), (1, 1)), "CC0, Lav Varshney"),
     Photo("chelsea", "skimage", "data/chelsea.png", "train", ((0.5, 0.5),), "CC0, Stefan van der Walt"),
-    Photo(
-        "hopper",
-        "matplotlib",
-        "mpl-data/sample_data/grace_hopper.jpg",
-        "train",
-        ((0.5, 0.1),),
-        "not stated in the package; official US Navy portrait",
-    ),
+    Photo("hopper", "matplotlib", _HOPPER, "train", ((0.5, 0.1),), _NAVY),
     Photo("ihc", "skimage", "data/ihc.png", "train", ((0.5, 0.5),), "no known restrictions; acquired at the CMMI"),
-    Photo(
-        "motorcycle",
-        "skimage",
-        "data/motorcycle_left.png",
-        "train",
-        ((0.1, 0.6), (0.9, 0.4)),
-        "not stated; Middlebury 2014 stereo benchmark (cite Scharstein et al., GCPR 2014)",
-    ),
+    Photo("motorcycle", "skimage", "data/motorcycle_left.png", "train", ((0.1, 0.6), (0.9, 0.4)), _STEREO),
     Photo("rocket", "skimage", "data/rocket.jpg", "train", ((0.5, 1),), "public domain, SpaceX"),
     Photo("astronaut", "skimage", "data/astronaut.png", "val", ((0.4, 0), (0.1, 1)), "public domain, NASA"),
     Photo("flower", "sklearn", "datasets/images/flower.jpg", "val", ((0.5, 0.2),), "CC BY 2.0, flickr vultilion"),
-    Photo(
-        "china",
-        "sklearn",
-        "datasets/images/china.jpg",
-        "test",
-        ((0, 0.3), (1, 0.8)),
-        "CC BY 2.0, flickr danielbuechele",
-    ),
+    Photo("china", "sklearn", "datasets/images/china.jpg", "test", ((0, 0.3), (1, 0.8)),
+          "CC BY 2.0, flickr danielbuechele"),
     Photo("coffee", "skimage", "data/coffee.png", "test", ((0.3, 0.3),), "CC0, Rachel Michetti"),
 )
 
@@ -80,8 +64,8 @@ WINDOW = 288  # side of a scene in the photograph, pixels
 
 def photograph(
     photo: Photo | str,  # one of PHOTOS, or its name, e.g. "coffee"
-) -> Image.Image:  # RGB, whole
-    "A photograph that a dependency ships. FileNotFoundError names the package when its wheel does not carry the file."
+) -> Image.Image:        # RGB, whole
+    "Read a photograph that a dependency ships. FileNotFoundError names a package whose wheel lacks the file."
     if isinstance(photo, str):
         check_names([photo], by_name := {p.ref: p for p in PHOTOS}, "photograph")
         photo = by_name[photo]
@@ -94,14 +78,17 @@ def photograph(
 
 
 def _scenes(
-    photo: Photo,  # which photograph
-    size: int,  # side of the result, pixels; shrunk from WINDOW where smaller
-) -> list:  # PIL RGB images, one a window
+    photo: Photo,
+    size: int,  # side of the result, pixels; shrunk from WINDOW when it is smaller
+) -> list:      # PIL RGB images, one per window
     "Cut a photograph's scenes."
     image = photograph(photo)
-    boxes = [(round(x * (image.width - WINDOW)), round(y * (image.height - WINDOW))) for x, y in photo.windows]
-    scenes = [image.crop((x, y, x + WINDOW, y + WINDOW)) for x, y in boxes]
-    return [s if size == WINDOW else s.resize((size, size), Image.Resampling.LANCZOS) for s in scenes]
+    scenes = []
+    for x, y in photo.windows:
+        left, top = round(x * (image.width - WINDOW)), round(y * (image.height - WINDOW))
+        scene = image.crop((left, top, left + WINDOW, top + WINDOW))
+        scenes.append(scene if size == WINDOW else scene.resize((size, size), Image.Resampling.LANCZOS))
+    return scenes
 
 # %% ../nbs/03_demo.ipynb #bd655a5b
 def _blur(im, sigma, rng): return im.filter(ImageFilter.GaussianBlur(sigma))
@@ -123,11 +110,11 @@ def _pixelate(im, factor, rng):
 # %% ../nbs/03_demo.ipynb #bb26f6b3
 DISTORTIONS = {  # name: (function, strength at level 1..5)
     "blur": (_blur, (0.7, 1.2, 2, 3.5, 6)),  # sigma, pixels
-    "noise": (_noise, (5, 11, 20, 36, 64)),  # sigma, grey levels, each channel its own
+    "noise": (_noise, (5, 11, 20, 36, 64)),  # sigma, grey levels, independent per channel
     "jpeg": (_jpeg, (45, 22, 12, 7, 3)),  # quality
     "dark": (_dark, (0.85, 0.65, 0.45, 0.28, 0.15)),  # gain on the pixel values
     "pixelate": (_pixelate, (2, 3, 4, 6, 9)),  # down by this factor, up again by repetition
-    "posterize": (_posterize, (16, 8, 5, 3, 2)),  # values left a channel
+    "posterize": (_posterize, (16, 8, 5, 3, 2)),  # values left per channel
 }
 
 
@@ -135,7 +122,7 @@ def distort(
     image: Image.Image,  # pristine RGB picture
     distortion: str,  # a key of DISTORTIONS
     level: int,  # 1 (weak) to 5 (strong)
-    rng=None,  # numpy Generator, used by "noise" alone; None: a fresh one with seed 0
+    rng=None,  # numpy Generator, which only "noise" uses; None: a fresh one with seed 0
 ) -> Image.Image:  # damaged picture, same size
     "Damage a picture by a known amount. ValueError for an unknown distortion or level."
     if distortion not in DISTORTIONS:
@@ -155,12 +142,11 @@ def reference_score(
         raise ValueError(f"pictures differ in size: {image.size} and {pristine.size}")
     if min(image.size) < 44:
         raise ValueError(f"{image.size} is too small: SSIM's 11 pixel window needs 44 at three scales")
+    ssim = dict(data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     pair, values = [image.convert("L"), pristine.convert("L")], []
     for shrink in (1, 2, 4):
         a, b = (np.asarray(p.reduce(shrink)) for p in pair)
-        values.append(
-            structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-        )
+        values.append(structural_similarity(a, b, **ssim))
     return float(100 * (1 - np.sqrt(1 - np.clip(np.mean(values), 0, 1))))
 
 # %% ../nbs/03_demo.ipynb #c5df0315
@@ -178,7 +164,7 @@ def _pictures(photo: Photo, size: int, seed: int):
 
 # %% ../nbs/03_demo.ipynb #40fb1b44
 def _read(root: Path, made: dict):
-    "The table of a complete folder rendered as `made` says, else None."
+    "Read the table of a complete folder that was rendered as `made` says; None when there is none."
     try:
         if json.loads((root / "demo.json").read_text(encoding="utf-8")) != made: return None
         table = pd.read_csv(root / "demo.csv", keep_default_na=False)
@@ -203,9 +189,8 @@ def render_demo(
     (root / "images").mkdir(parents=True, exist_ok=True)
     (root / "demo.csv").unlink(missing_ok=True)  # from here on the folder is incomplete
     rows = []
-    for row, image in tqdm(
-        (x for p in PHOTOS for x in _pictures(p, size, seed)), total=n, desc="demo set", disable=not progress
-    ):
+    pictures = (picture for photo in PHOTOS for picture in _pictures(photo, size, seed))
+    for row, image in tqdm(pictures, total=n, desc="demo set", disable=not progress):
         image.save(buffer := io.BytesIO(), "PNG", compress_level=6)
         write_whole(root / row["image"], buffer.getvalue())
         rows.append(row)
@@ -225,28 +210,21 @@ _KONIQ_VERSION = 1  # raise it whenever pixels or labels change
 
 
 def _koniq_split(i: np.ndarray) -> np.ndarray:
-    "The part of picture i: exactly the published numbers over all, and nearly the same proportions in every beginning."
+    "Assign picture i to a split: the published numbers over all, and nearly their proportions in every beginning."
     rank = np.argsort(np.argsort(np.arange(sum(KONIQ_PARTS.values())) * (5**0.5 - 1) / 2 % 1))[i]
-    return np.select(
-        [rank < KONIQ_PARTS["val"], rank < KONIQ_PARTS["val"] + KONIQ_PARTS["test"]], ["validation", "test"], "training"
-    )
+    val, test = KONIQ_PARTS["val"], KONIQ_PARTS["test"]
+    return np.select([rank < val, rank < val + test], ["validation", "test"], "training")
 
 
 def _koniq_table(n: int, seed: int) -> pd.DataFrame:
-    "Name, damage, level (0 to 5), score (0-100) and set of the first n pictures."
+    "Make up image_name, distortion, level (0 to 5), score (0-100) and set of the first n pictures."
     each = [np.random.default_rng([seed, i, 0]) for i in range(n)]
     kinds = [list(DISTORTIONS)[rng.integers(len(DISTORTIONS))] for rng in each]
     levels = np.array([rng.integers(6) for rng in each])
     scores = 85 - 14.0 * levels + [rng.normal(0, 3) for rng in each]  # the spread keeps equal levels apart in rank
-    return pd.DataFrame(
-        dict(
-            image_name=[f"rendered{i:05d}.jpg" for i in range(n)],
-            distortion=kinds,
-            level=levels,
-            score=np.clip(scores, 1, 99).round(4),
-            set=_koniq_split(np.arange(n)),
-        )
-    )
+    names = [f"rendered{i:05d}.jpg" for i in range(n)]
+    table = pd.DataFrame(dict(image_name=names, distortion=kinds, level=levels))
+    return table.assign(score=np.clip(scores, 1, 99).round(4), set=_koniq_split(np.arange(n)))
 
 # %% ../nbs/03_demo.ipynb #99c8f962
 @lru_cache(maxsize=len(PHOTOS))
@@ -259,60 +237,71 @@ def _window(rng: np.random.Generator) -> Image.Image:
     photo = _whole(int(rng.integers(len(PHOTOS))))
     w = rng.uniform(0.35, 1) * min(photo.width, photo.height * 4 / 3)
     x, y = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - w * 3 / 4)
-    image = photo.resize(
-        (KONIQ_SIZE[0] // 2, KONIQ_SIZE[1] // 2), Image.Resampling.BICUBIC, (x, y, x + w, y + w * 3 / 4)
-    )
-    turn = (None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)[
-        rng.integers(4)
-    ]
+    half = KONIQ_SIZE[0] // 2, KONIQ_SIZE[1] // 2
+    image = photo.resize(half, Image.Resampling.BICUBIC, (x, y, x + w, y + w * 3 / 4))
+    turns = (None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
+    turn = turns[rng.integers(4)]
     image = image if turn is None else image.transpose(turn)
     return Image.merge("RGB", [image.getchannel(int(c)) for c in rng.permutation(3)])
 
 
 def _koniq_picture(i: int, distortion: str, level: int, seed: int) -> bytes:
-    "Picture i of the set as a JPEG."
+    "Render picture i of the set as a JPEG."
     rng = np.random.default_rng([seed, i, 1])
     image = Image.blend(_window(rng), _window(rng), float(rng.uniform(0.35, 0.65)))
     image = distort(image, distortion, level, rng) if level else image
-    grain = Image.frombytes("L", KONIQ_SIZE, rng.bytes(KONIQ_SIZE[0] * KONIQ_SIZE[1])).point(
-        [v // 18 for v in range(256)]
-    )
-    image = ImageChops.add(
-        image.resize(KONIQ_SIZE, Image.Resampling.BILINEAR), Image.merge("RGB", [grain] * 3), offset=-7
-    )
+    grain = Image.frombytes("L", KONIQ_SIZE, rng.bytes(KONIQ_SIZE[0] * KONIQ_SIZE[1]))
+    grain = Image.merge("RGB", [grain.point([v // 18 for v in range(256)])] * 3)
+    image = ImageChops.add(image.resize(KONIQ_SIZE, Image.Resampling.BILINEAR), grain, offset=-7)
     image.save(buffer := io.BytesIO(), "JPEG", quality=88)
     return buffer.getvalue()
 
 # %% ../nbs/03_demo.ipynb #959036eb
+def _write_koniq_labels(to: Path, table: pd.DataFrame):
+    "Write the two label files. They come last: a folder that has both is whole."
+    votes, quality = np.arange(1, 6), 1 + table.score.to_numpy() / 25  # on the votes' scale
+    c = np.exp(-0.5 * ((votes - quality[:, None]) / 0.6) ** 2)         # (n, 5)
+    c /= c.sum(1, keepdims=True)
+    mean = c @ votes
+    sd = np.sqrt(((votes - mean[:, None]) ** 2 * c).sum(1))
+    common = pd.DataFrame(c.round(6), columns=[f"c{k}" for k in votes])
+    common = common.assign(c_total=100, MOS=table.score.clip(1, 100), SD=sd.round(6))
+    common.insert(0, "image_name", table.image_name)
+    scores, sets = common.assign(MOS_zscore=table.score), common.assign(set=table.set)
+    write_whole(to / "koniq10k_scores_and_distributions.csv", scores.to_csv(index=False))
+    write_whole(to / "koniq10k_distributions_sets.csv", sets.to_csv(index=False))
+
+
+def _check_koniq_folder(to: Path, made: dict):
+    "Raise ValueError for a folder that holds something else than a rendering as `made` says."
+    if not to.exists() or not any(to.iterdir()):
+        return
+    if not (to / RENDERED).exists() or json.loads((to / RENDERED).read_text(encoding="utf-8")) != made:
+        raise ValueError(
+            f"{to}: holds something else, or pictures of another seed or version: give an empty folder, or delete "
+            "this one"
+        )
+
+
 def render_koniq(
-    to,  # folder to make or to go on with; never one inside a repository
+    to,                     # folder to make or to resume; never one inside a repository
     n: int = sum(KONIQ_PARTS.values()),  # pictures, 20 to 10,073
     seed: int = 0,
-    threads: int = 0,  # 0: one a core
+    threads: int = 0,       # 0: one per core
     progress: bool = True,
-) -> pd.DataFrame:  # image_name, distortion, level (0-5), score (0-100, no opinion), set
+) -> pd.DataFrame:          # image_name, distortion, level (0-5), score (0-100, no opinion), set
     """Render a stand-in of KonIQ-10k in its published layout. See KONIQ_NOTE.
 
     ValueError for a number out of range, or a folder that holds something else."""
     if not 20 <= n <= sum(KONIQ_PARTS.values()):
         raise ValueError(f"n must be 20 to {sum(KONIQ_PARTS.values())}, got {n}")
     to, made = Path(to), dict(version=_KONIQ_VERSION, size=list(KONIQ_SIZE), seed=seed, note=KONIQ_NOTE)
-    if (
-        to.exists()
-        and any(to.iterdir())
-        and (not (to / RENDERED).exists() or json.loads((to / RENDERED).read_text(encoding="utf-8")) != made)
-    ):
-        raise ValueError(
-            f"{to}: holds something else, or pictures of another seed or version: give an empty folder, or delete "
-            "this one"
-        )
+    _check_koniq_folder(to, made)
     (to / "1024x768").mkdir(parents=True, exist_ok=True)
-    write_whole(to / RENDERED, json.dumps(made, indent=1).encode())
+    write_whole(to / RENDERED, json.dumps(made, indent=1))
     table = _koniq_table(n, seed)
-    there = {e.name for e in os.scandir(to / "1024x768")}
-    jobs = [
-        (i, r) for i, r in enumerate(table.itertuples()) if r.image_name not in there
-    ]  # written whole: what is there is right
+    there = {e.name for e in os.scandir(to / "1024x768")}  # written whole: what is there is right
+    jobs = [(i, r) for i, r in enumerate(table.itertuples()) if r.image_name not in there]
 
     def make(job):
         i, r = job
@@ -321,20 +310,5 @@ def render_koniq(
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for _ in tqdm(pool.map(make, jobs), total=len(jobs), desc="rendering", disable=not progress):
             pass
-    votes, quality = np.arange(1, 6), 1 + table.score.to_numpy() / 25  # on the votes' scale
-    c = np.exp(-0.5 * ((votes - quality[:, None]) / 0.6) ** 2)  # (n, 5)
-    c /= c.sum(1, keepdims=True)
-    mean = c @ votes
-    sd = np.sqrt(((votes - mean[:, None]) ** 2 * c).sum(1))
-    common = pd.DataFrame(c.round(6), columns=[f"c{k}" for k in votes]).assign(
-        c_total=100, MOS=table.score.clip(1, 100), SD=sd.round(6)
-    )
-    common.insert(0, "image_name", table.image_name)
-    for name, more in (
-        ("koniq10k_scores_and_distributions.csv", dict(MOS_zscore=table.score)),
-        ("koniq10k_distributions_sets.csv", dict(set=table.set)),
-    ):
-        write_whole(
-            to / name, common.assign(**more).to_csv(index=False).encode()
-        )  # labels last: a folder that has both is whole
+    _write_koniq_labels(to, table)
     return table

@@ -45,7 +45,7 @@ def use_bf16(
     amp: str,              # "auto", "on" or "off"
     device: torch.device,  # where the model runs
 ) -> bool:
-    "Whether to autocast to bf16; \"auto\" does on CPUs and CUDA that compute in bf16. ValueError for another word."
+    "Say whether to autocast to bf16; \"auto\" does on CPUs and CUDA that compute in bf16. ValueError for another word."
     if amp not in ("auto", "on", "off"):
         raise ValueError(f"amp={amp!r}: choose one of auto, on, off")
     if amp != "auto":
@@ -80,7 +80,7 @@ def versions() -> dict[str, str | None]:
 
 
 def code_commit() -> str | None:
-    "The commit of the checkout that this package is imported from, '+' added for uncommitted changes; None in a wheel."
+    "Find the commit of this package's checkout, with '+' for uncommitted changes; None in a wheel."
     here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
     def git(*args):
@@ -123,7 +123,7 @@ def code_digest() -> str:
 def last_environment(
     env: dict,  # of environment.json
 ) -> dict:
-    "What a run ran on last: the environment at its start, with the changes of all its resumptions."
+    "Return what a run ran on last: the environment at its start, with the changes of all its resumptions."
     last = dict(env)
     for change in env.get("resumed", []):
         last |= change
@@ -170,7 +170,7 @@ def own_device(
     local: int = 0,  # number of this process on its machine
     world: int = 1,  # processes
 ) -> torch.device:
-    "The device of one of several processes. ValueError where the machine has none for it."
+    "Return the device of one of several processes. ValueError if the machine has none for it."
     picked = pick_device(device)
     if world == 1 or picked.type == "cpu":
         return picked
@@ -184,7 +184,7 @@ def own_device(
 
 # %% ../nbs/devices.ipynb #c1e5da03
 def launched() -> tuple[int, int, int]:  # rank, processes, number on this machine
-    "How torchrun or accelerate launch started this process; (0, 1, 0) alone. RuntimeError where too few were started."
+    "Say how torchrun or accelerate started this process; (0, 1, 0) alone. RuntimeError if too few were started."
     env = os.environ
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "WORLD_SIZE" not in env:
         raise RuntimeError("accelerate launch started one process (without GPUs, several need MPI): "
@@ -204,7 +204,7 @@ class Processes:
         self.rank, self.world, self.main, self.device = rank, world, rank == 0, device
 
     def share(self, n: int) -> slice:
-        "The rows of this process among n, as `crops.share` says."
+        "Return the rows of this process among n, as `crops.share` says."
         return share(n, self.rank, self.world)
 
     def everyone(self, value) -> list:
@@ -247,7 +247,7 @@ class Devices(Processes):
         cls,
         device: str = "auto",  # of the configuration
     ) -> "Devices":
-        "As torchrun or accelerate launch started this process; else alone. Errors as of `launched` and `own_device`."
+        "Make the devices as a launcher started this process; else alone. Errors as of `launched` and `own_device`."
         rank, world, local = launched()
         return cls(rank, world, own_device(device, local, world))
 
@@ -261,7 +261,7 @@ class Devices(Processes):
         return self.accelerator.prepare_model(module)
 
     def alone_until(self, module: nn.Module, last: bool):
-        "A context for one of several batches whose gradients are added; the processes exchange them only at the last."
+        "Make a context for a batch whose gradients are added to others; only the last one exchanges them."
         return nullcontext() if self.world == 1 or last else self.accelerator.no_sync(module)
 
     def backward(self, loss: torch.Tensor):

@@ -222,21 +222,21 @@ def span(
     return f"{seconds / 86400:.1f} days"
 
 # %% ../nbs/01_files.ipynb #6bb860ae
-def _import_name(module: str, name: str, asked: str):
-    "Import an object. ValueError, beginning with `asked`, says which part of the name is wrong."
+def _import_name(module: str, name: str, request: str):
+    "Import an object. ValueError, beginning with `request`, says which part of the name is wrong."
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as e:
-        raise ValueError(f"{asked}: there is no module {e.name!r}; install the package that has it, or put the folder "
-                         f"where it lies on PYTHONPATH") from None
+        raise ValueError(f"{request}: there is no module {e.name!r}; install the package that has it, or put the "
+                         "folder where it lies on PYTHONPATH") from None
     except Exception as e:
-        raise ValueError(f"{asked}: importing {module!r} failed: {type(e).__name__}: {e}") from e
-    if hasattr(found, name):
-        return getattr(found, name)
-    known = [n for n in vars(found) if not n.startswith("_")]
+        raise ValueError(f"{request}: importing {module!r} failed: {type(e).__name__}: {e}") from e
+    if hasattr(imported, name):
+        return getattr(imported, name)
+    known = [n for n in vars(imported) if not n.startswith("_")]
     near = difflib.get_close_matches(name, known, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known[:10]) or 'no names'}"
-    raise ValueError(f"{asked}: module {module!r} has no {name!r}; {hint}")
+    raise ValueError(f"{request}: module {module!r} has no {name!r}; {hint}")
 
 
 def find_by_name(

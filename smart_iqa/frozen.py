@@ -121,7 +121,7 @@ class FrozenFeed(CropFeed):
             yield _head_tensors(self, np.asarray(features[k : k + self.cfg.batch_size]))
 
     def scorer(self, model: nn.Module) -> nn.Module:
-        "The model itself, because only its head runs."
+        "Return the model itself, because only its head runs."
         return model
 
     def score(self, model: nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -130,7 +130,7 @@ class FrozenFeed(CropFeed):
 
 # %% ../nbs/frozen.ipynb #c3663cc5
 def _pooled_features(feed: FrozenFeed, plan: CropPlan) -> np.ndarray:
-    "What the head needs of every crop of a plan, flat."
+    "Return what the head needs of every crop of a plan, flat."
     model = feed.model
     kind = "pooled " + " ".join(f"{stage}:{side}" for stage, side in model.head.needs)
 
@@ -141,7 +141,7 @@ def _pooled_features(feed: FrozenFeed, plan: CropPlan) -> np.ndarray:
 
 
 def _head_tensors(feed: FrozenFeed, features: np.ndarray) -> list[torch.Tensor]:
-    "Rows of the file as the list of tensors that `head` takes."
+    "Convert rows of the file to the list of tensors that `head` takes."
     flat = torch.from_numpy(features.astype(np.float32)).to(feed.device)
     parts = flat.split([shape.numel() for shape in feed.shapes], 1)
     return [part.reshape(len(part), *shape) for part, shape in zip(parts, feed.shapes)]
@@ -151,7 +151,7 @@ ALPHAS = tuple(10.0**k for k in range(-1, 7))
 
 
 def _moments(maps: list[torch.Tensor]) -> list[torch.Tensor]:
-    "Mean and standard deviation over space of each channel."
+    "Compute mean and standard deviation over space of each channel."
     moments = []
     for m in maps:
         moments += [m.float().mean((2, 3)), m.float().std((2, 3))]

@@ -130,12 +130,12 @@ def _kaiming(*layers: nn.Module):
 
 
 class HyperHead(Head):
-    "SMART-IQA's head as published: a hyper network writes, for each crop, the network that scores its distortion vector."
+    "SMART-IQA's published head: per crop, a hyper network writes the network that scores its distortion vector."
 
     net = HyperNet
 
-    def __init__(self, channels: list[int], use_multiscale: bool = True, use_attention: bool = True, dropout: float = 0.0,
-                 stem: tuple[int, ...] = (512, 256)):
+    def __init__(self, channels: list[int], use_multiscale: bool = True, use_attention: bool = True,
+                 dropout: float = 0.0, stem: tuple[int, ...] = (512, 256)):
         super().__init__(channels)
         if use_attention and not use_multiscale:
             raise ValueError("use_attention=True weighs four stages and use_multiscale=False leaves one: "
@@ -189,7 +189,8 @@ class PlainHead(HyperHead):
     net = PlainNet
 
 # %% ../nbs/09_heads.ipynb #9bf03faa
-PROJECTED, HIDDEN, RANK = 512, 128, 8  # channels a stage; hidden units of the target network; rank of its generated matrix
+PROJECTED, HIDDEN = 512, 128           # channels per stage; hidden units of the target network
+RANK = 8                               # of its generated matrix
 VECTOR = 4 * PROJECTED * GRID**2       # 100,352 inputs of the target network
 
 
@@ -205,7 +206,7 @@ class Projection(nn.Module):
 
 
 class SigmoidGate(nn.Module):
-    "The paper's gate: pooled last stage (B, C) to weights (B, 4), each between 0 and 1 by itself; they do not sum to one."
+    "The paper's gate: pooled last stage (B, C) to weights (B, 4), each between 0 and 1; they do not sum to one."
 
     def __init__(self, channels: int, hidden: int = 128):
         super().__init__()
@@ -219,7 +220,7 @@ class SigmoidGate(nn.Module):
 
 # %% ../nbs/09_heads.ipynb #13a30231
 class LowRankHyperNet(nn.Module):
-    "Stage 4 to the paper's target network, low-rank: W1(x) = A(x) V, for a literal generator of W1 has over 260 million parameters."
+    "Stage 4 to the paper's target network, low-rank: W1(x) = A(x) V; W1 itself would take over 260 million parameters."
 
     def __init__(self, channels: int, stem: tuple[int, ...] = (512, 256), dropout: float = 0.0, rank: int = RANK):
         super().__init__()
@@ -232,7 +233,8 @@ class LowRankHyperNet(nn.Module):
         for layer in (self.basis, self.factor, self.last_weight, *self.biases):
             nn.init.kaiming_normal_(layer.weight)
 
-    def forward(self, last: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:  # (B,128,rank), (B,128); (B,1,128), (B,1)
+    def forward(self, last: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        "Write both layers: (B, 128, rank), (B, 128); (B, 1, 128), (B, 1)."
         flat = self.stem(last).mean((2, 3))       # (B, 112)
         weights = self.factor(flat).reshape(-1, HIDDEN, self.rank), self.last_weight(flat).unsqueeze(1)
         return [(w, bias(flat)) for w, bias in zip(weights, self.biases)]
@@ -250,8 +252,8 @@ class ProjectedHead(HyperHead):
 
     options: ClassVar[dict] = dict(rank=RANK)
 
-    def __init__(self, channels: list[int], use_multiscale: bool = True, use_attention: bool = True, dropout: float = 0.0,
-                 stem: tuple[int, ...] = (512, 256), rank: int = RANK):
+    def __init__(self, channels: list[int], use_multiscale: bool = True, use_attention: bool = True,
+                 dropout: float = 0.0, stem: tuple[int, ...] = (512, 256), rank: int = RANK):
         Head.__init__(self, channels)
         if not use_multiscale:
             raise ValueError("head='projected' reads four stages and use_multiscale=False leaves one: "

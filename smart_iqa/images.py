@@ -22,7 +22,7 @@ class ImageError(ValueError):
 
 
 def _to_8bit(img: Image.Image, tags) -> Image.Image:  # tags: of a TIFF, else empty
-    "Grey pictures with 12, 16, 32 or floating-point bits as 8-bit grey, by their declared range."
+    "Convert grey pictures with 12, 16, 32 or floating-point bits to 8-bit grey, by their declared range."
     a = np.asarray(img)
     if not np.isfinite(a).all():
         raise ImageError("has pixels that are not numbers")
@@ -43,7 +43,7 @@ def _to_8bit(img: Image.Image, tags) -> Image.Image:  # tags: of a TIFF, else em
 
 # %% ../nbs/02_images.ipynb #59d5c113
 def _inks_to_rgb(img: Image.Image) -> Image.Image:
-    "CMYK as sRGB, by its own profile where it has a sound one."
+    "Convert CMYK to sRGB, by its own profile if it has a sound one."
     with suppress(ImageCms.PyCMSError, OSError, ValueError, ImportError):  # ImportError: a Pillow without LittleCMS
         profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info.get("icc_profile") or b""))
         return ImageCms.profileToProfile(img, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -55,7 +55,7 @@ _UPRIGHT = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
 
 
 def _upright(img: Image.Image) -> Image.Image:
-    "Turned as its EXIF tag 274 wants it."
+    "Turn a picture as its EXIF tag 274 says."
     try:
         turn = _UPRIGHT.get(img.getexif().get(274))
     except Exception:  # many kinds; whatever it is, it is not in the pixels
@@ -66,7 +66,7 @@ def _upright(img: Image.Image) -> Image.Image:
 def to_rgb(
     img: Image.Image,  # any mode that Pillow opens; of an animation, the frame it stands at
 ) -> Image.Image:
-    "8-bit RGB, upright by its EXIF tag, transparency laid over white; 16-bit scaled, not clipped; CMYK by its profile."
+    "Convert to 8-bit RGB: upright by EXIF, transparency over white, 16 bits scaled, CMYK by its profile."
     if 0 in img.size:
         raise ImageError("has no pixels")
     img.load()
@@ -82,20 +82,19 @@ def to_rgb(
 
 # %% ../nbs/02_images.ipynb #a7dd69c2
 def _check_file(path):
-    "ImageError for what is no file: opening a pipe or a device might never return."
+    "Raise ImageError for what is no file: opening a pipe or a device might never return."
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         raise ImageError(f"{kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
 
 
-warnings.filterwarnings(
-    "ignore", category=Image.DecompressionBombWarning
-)  # Pillow warns of a medium-format photograph; from twice its limit on it refuses
+# Pillow warns of a medium-format photograph; from twice its limit on it refuses
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _check_opened(img: Image.Image):
-    "ImageError for what Pillow opens and what is not the picture."
+    "Raise ImageError for what Pillow opens but is not the picture."
     tags, limit = getattr(img, "tag_v2", {}), 2 * (Image.MAX_IMAGE_PIXELS or 0)
     if img.format in ("EPS", "WMF"):
         raise ImageError("a drawing, which has no pixels of its own: export it as PNG")
@@ -106,25 +105,23 @@ def _check_opened(img: Image.Image):
 
 # %% ../nbs/02_images.ipynb #fd170fa9
 def _unknown(path) -> str:
-    "What a file is that Pillow cannot identify, and the mend."
+    "Say what a file is that Pillow cannot identify, and what to do."
     with open(path, "rb") as f:
         head = f.read(1024)
     if not head:
         return "the file is empty"
     if head[4:8] == b"ftyp":
         heic = head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-        return (
-            "HEIC needs one more package: pip install pillow-heif"
-            if heic
-            else "a video, or a kind of picture that this Pillow was built without"
-        )
+        if heic:
+            return "HEIC needs one more package: pip install pillow-heif"
+        return "a video, or a kind of picture that this Pillow was built without"
     if b"<svg" in head:
         return "SVG, a drawing, which has no pixels of its own: export it as PNG"
     return "damaged, or no picture that Pillow knows" if b"\0" in head else "text, no picture"
 
 
 def _open(path) -> Image.Image:
-    "Image.open that knows HEIC where pillow-heif is installed."
+    "Open a picture, HEIC too if pillow-heif is installed."
     try:
         return Image.open(path)
     except UnidentifiedImageError:
@@ -172,7 +169,7 @@ def resized_size(
     size: int = 384,          # short side wanted, in pixels
     fit: str = "short",       # "short" or "squash"
 ) -> tuple[int, int]:         # width, height
-    "Size after the picture policy; smaller pictures are enlarged."
+    "Compute the size after the picture policy; smaller pictures are enlarged."
     if fit == "squash":
         return size, size * 4 // 3
     scale = size / min(width, height)
@@ -194,7 +191,7 @@ def resize(
 def pixels_or_reason(
     job: tuple,  # path, size, fit
 ) -> np.ndarray | str:  # (H, W, 3) uint8, or the error's text
-    "Decode and resize one file; what is wrong with it comes back instead of being raised."
+    "Decode and resize one file. The text of an error is returned and not raised."
     path, size, fit = job
     try:
         return np.asarray(resize(load_image(path), size, fit))

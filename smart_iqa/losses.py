@@ -22,7 +22,7 @@ from .files import find_by_name
 def _batch(
     *xs: torch.Tensor,    # vectors of one length
 ) -> list[torch.Tensor]:  # the same, fp32 (fp64 if the first one is)
-    "Vectors that a loss can work on. ValueError for anything but equal shapes (B,), B > 0."
+    "Return vectors that a loss can work on. ValueError for anything but equal shapes (B,), B > 0."
     shapes = [tuple(x.shape) for x in xs]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
         raise ValueError(f"a loss needs vectors of one length (B,) with B > 0, got {shapes}; flatten() the predictions")
@@ -34,7 +34,7 @@ def l1(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
 ) -> torch.Tensor:        # scalar, points
-    "Mean absolute error: the loss of the published SMART-IQA runs."
+    "Compute the mean absolute error, the loss of the published SMART-IQA runs."
     return F.l1_loss(*_batch(pred, score))
 
 # %% ../nbs/11_losses.ipynb #60554027
@@ -42,7 +42,7 @@ def l2(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
 ) -> torch.Tensor:        # scalar, square points
-    "Mean squared error."
+    "Compute the mean squared error."
     return F.mse_loss(*_batch(pred, score))
 
 # %% ../nbs/11_losses.ipynb #e564017e
@@ -51,7 +51,7 @@ def smooth_l1(
     score: torch.Tensor,  # (B,) true scores, 0-100
     beta: float = 1.0,    # points; below it the cost is quadratic
 ) -> torch.Tensor:        # scalar, points
-    "L1 with a round bottom (Girshick, Fast R-CNN, 2015, eq. 3, with torch's `beta`)."
+    "Compute L1 with a round bottom (Girshick, Fast R-CNN, 2015, eq. 3, with torch's `beta`)."
     return F.smooth_l1_loss(*_batch(pred, score), beta=beta)
 
 # %% ../nbs/11_losses.ipynb #4825e0ce
@@ -60,7 +60,7 @@ def _pearson(
     y: torch.Tensor,  # (B,)
     eps: float = 1e-6,  # added to both variances; square points
 ) -> torch.Tensor:    # scalar in [-1, 1]; 0 where either is constant
-    "Pearson's correlation with a finite gradient everywhere."
+    "Compute Pearson's correlation with a finite gradient everywhere."
     x, y = x - x.mean(), y - y.mean()
     return (x * y).mean() / ((x.square().mean() + eps).sqrt() * (y.square().mean() + eps).sqrt())
 
@@ -69,21 +69,21 @@ def plcc_loss(
     pred: torch.Tensor,   # (B,) predicted scores, higher is better
     score: torch.Tensor,  # (B,) true scores, 0-100
 ) -> torch.Tensor:        # scalar in [0, 2]; 1 where either is constant or B = 1
-    "1 - Pearson correlation of the batch (what SMART-IQA calls its srcc loss)."
+    "Compute 1 - Pearson correlation of the batch (what SMART-IQA calls its srcc loss)."
     return 1 - _pearson(*_batch(pred, score))
 
 # %% ../nbs/11_losses.ipynb #395626b7
 def _ranks(
     x: torch.Tensor,  # (B,)
 ) -> torch.Tensor:  # (B,) ranks 0 ... B-1, ties share their mean
-    "Hard ranks."
+    "Compute hard ranks."
     d = x[:, None] - x
     return (d > 0).to(x).sum(1) + ((d == 0).to(x).sum(1) - 1) / 2
 
 
 @lru_cache(maxsize=4)
 def _sorter(n: int, device: torch.device, steepness: float) -> DiffSortNet:
-    "An odd-even sorting network for `n` values; building one costs as much as running it. ValueError above 256."
+    "Build an odd-even sorting network for `n` values, once: it costs as much as running it. ValueError above 256."
     if n > 256:
         raise ValueError(f"the srcc loss sorts at most 256 images (memory grows as B^3), got {n}: use a smaller batch")
     with torch.inference_mode(False):  # a network first built while validating must also serve training
@@ -94,7 +94,7 @@ def _soft_ranks(
     x: torch.Tensor,   # (B,) in ascending order
     steepness: float,  # per standard deviation of the batch
 ) -> torch.Tensor:     # (B,) soft ranks 0 ... B-1
-    "Differentiable ranks (Petersen et al., ICLR 2022); ties share their mean."
+    "Compute differentiable ranks (Petersen et al., ICLR 2022); ties share their mean."
     z = (x - x.mean()) / (x.var(unbiased=False) + 1e-6).sqrt()
     _, perm = _sorter(len(z), z.device, steepness)(z[None])  # (1, B, B): weight of value i at place j
     ties = (z[:, None] == z).to(z)
@@ -118,14 +118,14 @@ def srcc_loss(
 def _diff(
     x: torch.Tensor,  # (B,)
 ) -> torch.Tensor:    # (B, B), entry ij is x_i - x_j
-    "All pairwise differences."
+    "Compute all pairwise differences."
     return x[:, None] - x
 
 
 def _pair_mean(
     cost: torch.Tensor,  # (B, B)
 ) -> torch.Tensor:       # scalar; 0 for B = 1
-    "Mean over pairs of different images: the diagonal is left out."
+    "Average over pairs of different images: the diagonal is left out."
     n = len(cost)
     return (cost.sum() - cost.diagonal().sum()) / max(n * (n - 1), 1)
 
@@ -135,7 +135,7 @@ def ranking_hinge(
     score: torch.Tensor,  # (B,) true scores, 0-100
     margin: float = 0.1,  # points by which the better image must lead
 ) -> torch.Tensor:        # scalar, points; 0 for B = 1
-    "Mean over pairs of how much the better image's lead falls short of `margin`; ties in `score` cost nothing."
+    "Average over pairs how much the better image's lead falls short of `margin`; ties in `score` cost nothing."
     pred, score = _batch(pred, score)
     order = _diff(score).sign()
     return _pair_mean(F.relu(margin - order * _diff(pred)) * order.abs())
@@ -146,7 +146,7 @@ def rank_loss(
     score: torch.Tensor,   # (B,) true scores, 0-100
     legacy: bool = False,  # the published form, with the two roles exchanged
 ) -> torch.Tensor:         # scalar, points; 0 for B = 1
-    "Mean over pairs of how much the better image's lead falls short of the scores' difference."
+    "Average over pairs how much the better image's lead falls short of the scores' difference."
     pred, score = _batch(pred, score)
     lead, by = (_diff(score), _diff(pred)) if not legacy else (_diff(pred), _diff(score))
     return _pair_mean(F.relu(lead.abs() - lead.sign() * by))
@@ -159,7 +159,7 @@ def _noise(
     score: torch.Tensor,       # (B,)
     std: torch.Tensor | None,  # (B,) opinion std in points, NaN where unknown; None: all unknown
 ) -> torch.Tensor:             # (B, B) sqrt(s_i^2 + s_j^2)
-    "Standard deviation of the difference of two opinions (Thurstone's case V where `std` is unknown)."
+    "Compute the standard deviation of the difference of two opinions (Thurstone's case V if `std` is unknown)."
     std = torch.full_like(score, torch.nan) if std is None else _batch(score, std)[1]
     var = std.nan_to_num(OPINION_STD).clamp(min=1).square()
     return (var[:, None] + var).sqrt()
@@ -171,7 +171,7 @@ def fidelity_loss(
     std: torch.Tensor | None = None,   # (B,) opinion std in points; NaN or None: unknown, `OPINION_STD`
     legacy: bool = False,              # the published form; `std` is ignored
 ) -> torch.Tensor:                     # scalar in [0, 1); 0 for B = 1
-    "Mean pairwise fidelity loss with Thurstone's model, as in UNIQUE (TIP 2021) and LIQE (CVPR 2023)."
+    "Compute the mean pairwise fidelity loss with Thurstone's model, as in UNIQUE (TIP 2021) and LIQE (CVPR 2023)."
     pred, score = _batch(pred, score)
     if legacy: z, z_pred, log_p = _diff(score), 1.702 * _diff(pred) / (0.1 * math.sqrt(2)), F.logsigmoid
     else: z, z_pred, log_p = _diff(score) / _noise(score, std), _diff(pred) / _noise(score, std), torch.special.log_ndtr
@@ -224,7 +224,7 @@ def get_loss(
     margin: float = 0.1,  # of that hinge, points
     legacy: bool = False,  # the published forms: rank with exchanged roles, fidelity on raw differences, srcc = plcc
 ) -> Callable:  # (pred (B,), score (B,), std (B,) or None) -> scalar
-    "A loss by name. ValueError for an unknown name, an unreadable weight, a negative `alpha` or `margin`."
+    "Make a loss by name. ValueError for an unknown name, an unreadable weight, a negative `alpha` or `margin`."
     terms = [(w, _term(name, legacy)) for w, name in _parse(spec)]
     if not (0 <= alpha < math.inf and 0 <= margin < math.inf):
         raise ValueError(f"alpha and margin must be >= 0, got {alpha} and {margin}")

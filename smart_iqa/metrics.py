@@ -21,7 +21,7 @@ def _check(
     pred: ArrayLike,  # (n,) predictions
     score: ArrayLike,  # (n,) true scores
 ) -> tuple[np.ndarray, np.ndarray]:  # both as float64
-    "Two finite vectors of one length >= 2, or a ValueError that names what is wrong, and the row (counted from 0)."
+    "Return two finite vectors of one length >= 2. ValueError names the problem and the row (counted from 0)."
     out = [np.asarray(x, dtype=np.float64) for x in (pred, score)]
     if out[0].ndim != 1 or out[0].shape != out[1].shape:
         raise ValueError(
@@ -33,7 +33,7 @@ def _check(
         if not (ok := np.isfinite(x)).all():
             raise ValueError(
                 f"{name} in row {int(np.argmin(ok))} is {x[~ok][0]}; {(~ok).sum()} of {len(x)} are not finite: drop "
-                "or mend these rows"
+                "or fix these rows"
             )
     return out[0], out[1]
 
@@ -41,13 +41,13 @@ def _check(
 def _constant(
     pred: np.ndarray,  # (n,)
     score: np.ndarray,  # (n,)
-    name: str,  # of the metric, for the warning
+    metric: str,  # its name, for the warning
 ) -> bool:  # True if either is constant
     "Warn (scipy's ConstantInputWarning) where a correlation is 0/0."
-    which = [what for what, x in (("predictions", pred), ("scores", score)) if (x == x[0]).all()]
+    which = [name for name, x in (("predictions", pred), ("scores", score)) if (x == x[0]).all()]
     if which:
         warnings.warn(
-            f"{' and '.join(which)} are constant: {name} is undefined", stats.ConstantInputWarning, stacklevel=3
+            f"{' and '.join(which)} are constant: {metric} is undefined", stats.ConstantInputWarning, stacklevel=3
         )
     return bool(which)
 
@@ -56,7 +56,7 @@ def srcc(
     pred: ArrayLike,   # (n,) predictions, higher is better
     score: ArrayLike,  # (n,) true scores
 ) -> float:            # -1 to 1; nan (and a warning) where either is constant
-    "Spearman's rank correlation. ValueError for unequal lengths, n < 2, NaN or infinity."
+    "Compute Spearman's rank correlation. ValueError for unequal lengths, n < 2, NaN or infinity."
     p, s = _check(pred, score)
     return float("nan") if _constant(p, s, "SRCC") else float(stats.spearmanr(p, s).statistic)
 
@@ -65,7 +65,7 @@ def krcc(
     pred: ArrayLike,   # (n,) predictions, higher is better
     score: ArrayLike,  # (n,) true scores
 ) -> float:            # -1 to 1; nan (and a warning) where either is constant
-    "Kendall's rank correlation, tau-b. ValueError for unequal lengths, n < 2, NaN or infinity."
+    "Compute Kendall's rank correlation, tau-b. ValueError for unequal lengths, n < 2, NaN or infinity."
     p, s = _check(pred, score)
     return float("nan") if _constant(p, s, "KRCC") else float(stats.kendalltau(p, s).statistic)
 
@@ -74,7 +74,7 @@ def plcc(
     pred: ArrayLike,   # (n,) predictions, higher is better
     score: ArrayLike,  # (n,) true scores
 ) -> float:            # -1 to 1; nan (and a warning) where either is constant
-    "Pearson's correlation of the raw values (no fit). ValueError for unequal lengths, n < 2, NaN or infinity."
+    "Compute Pearson's correlation of the raw values (no fit). ValueError for unequal lengths, n < 2, NaN or infinity."
     p, s = _check(pred, score)
     if _constant(p, s, "PLCC"): return float("nan")
     with warnings.catch_warnings():  # scipy warns of nearly constant input; the number is still defined
@@ -86,7 +86,7 @@ def rmse(
     pred: ArrayLike,   # (n,) predictions, 0-100
     score: ArrayLike,  # (n,) true scores, 0-100
 ) -> float:            # points
-    "Root mean squared error of the raw values. ValueError for unequal lengths, n < 2, NaN or infinity."
+    "Compute the root mean squared error of the raw values. ValueError for unequal lengths, n < 2, NaN or infinity."
     p, s = _check(pred, score)
     return float(np.sqrt(np.mean((p - s) ** 2)))
 
@@ -134,7 +134,7 @@ def fit_logistic(
     pred: ArrayLike,   # (n,) predictions
     score: ArrayLike,  # (n,) true scores
 ) -> Fit:              # call it; `.converged` and `.kind` tell whether it is the logistic or a line
-    "Least-squares fit of VQEG's logistic; a straight line where that does not converge. ValueErrors as in `srcc`."
+    "Fit VQEG's logistic by least squares; a straight line where that does not converge. ValueErrors as in `srcc`."
     p, s = _check(pred, score)
     line = Fit("linear", tuple(map(float, _line(p, s))))
     if len(p) < 5 or np.ptp(p) == 0 or np.ptp(s) == 0: return line  # four parameters need more than four points
@@ -164,7 +164,7 @@ def _boot_ranks(
     x: np.ndarray,  # (n,) values
     w: np.ndarray,  # (b, n) counts
 ) -> np.ndarray:    # (b, n) rank of each value in each resample
-    "Average ranks in every resample, from running sums of the counts in ascending order of `x`."
+    "Average ranks in every resample, by running sums of the counts in ascending order of `x`."
     order = np.argsort(x, kind="stable")
     start = np.flatnonzero(np.diff(x[order], prepend=-np.inf))  # first of each group of ties
     tied = np.add.reduceat(w[:, order], start, axis=1)
@@ -178,7 +178,7 @@ def _boot_plcc(
     y: np.ndarray,  # (n,) or (b, n)
     w: np.ndarray,  # (b, n) counts
 ) -> np.ndarray:    # (b,) nan where a resample is constant
-    "Pearson's correlation in every resample."
+    "Compute Pearson's correlation in every resample."
     floor = [1e-28 * (w * v * v).sum(1) for v in (x, y)]  # what rounding leaves of a constant
     x, y = (v - ((v * w).sum(1) / w.sum(1))[:, None] for v in (x, y))
     xx, yy, xy = ((w * a * b).sum(1) for a, b in ((x, x), (y, y), (x, y)))
@@ -194,7 +194,7 @@ def _boot_krcc(
     y: np.ndarray,  # (n,)
     w: np.ndarray,  # (b, n) counts
 ) -> np.ndarray:  # (b,) nan where a resample is constant
-    "Kendall's tau-b in every resample."
+    "Compute Kendall's tau-b in every resample."
     w32, total = w.astype(np.float32), np.zeros((3, len(w)))
     for i in range(0, len(x), 512):
         sx, sy = (np.sign(v[i : i + 512, None] - v).astype(np.float32) for v in (x, y))
@@ -210,7 +210,7 @@ def _boot(
     y: np.ndarray,  # (n,) scores
     w: np.ndarray,  # (b, n) counts
 ) -> np.ndarray:    # (b,)
-    "One metric in every resample."
+    "Compute one metric in every resample."
     if metric == "srcc": return _boot_plcc(_boot_ranks(x, w), _boot_ranks(y, w), w)
     if metric == "krcc": return _boot_krcc(x, y, w)
     if metric == "plcc": return _boot_plcc(x, y, w)
@@ -218,21 +218,18 @@ def _boot(
 
 # %% ../nbs/12_metrics.ipynb #fa1de7fe
 def _interval(values: np.ndarray) -> tuple[float, float]:  # the middle 95 %
-    "Percentile interval; resamples in which the metric is undefined are left out."
+    "Take the percentile interval; resamples in which the metric is undefined are left out."
     ok = values[~np.isnan(values)]
     return tuple(map(float, np.percentile(ok, (2.5, 97.5)))) if len(ok) else (float("nan"),) * 2
 
 
 def _point(p: np.ndarray, s: np.ndarray) -> dict:  # the numbers without intervals
-    "Raw metrics, and PLCC and RMSE after the logistic fit."
+    "Compute raw metrics, and PLCC and RMSE after the logistic fit."
     fit = fit_logistic(p, s)
     raw = {"srcc": srcc(p, s), "krcc": krcc(p, s), "plcc": plcc(p, s), "rmse": rmse(p, s)}
     flat = np.ptp(fit(p)) == 0
-    return raw | {
-        "plcc_fitted": float("nan") if flat else plcc(fit(p), s),
-        "rmse_fitted": rmse(fit(p), s),
-        "fit": fit.kind,
-    }
+    plcc_fitted = float("nan") if flat else plcc(fit(p), s)
+    return raw | dict(plcc_fitted=plcc_fitted, rmse_fitted=rmse(fit(p), s), fit=fit.kind)
 
 # %% ../nbs/12_metrics.ipynb #0d3406cd
 def evaluate(
@@ -306,31 +303,27 @@ def noise_ceiling(
         )
     reliability = 1 - noise / variance
     true = s.mean() + np.sqrt(reliability) * (s - s.mean())
-    rng, ranks, found = np.random.default_rng(seed), stats.rankdata(true), []
-    for rows in (min(step, n_sim - i) for step in [max(1, 500_000 // len(s))] for i in range(0, n_sim, step)):
-        observed = true + se * rng.standard_normal((rows, len(s)))
-        found.append((_rows_corr(observed, true), _rows_corr(stats.rankdata(observed, axis=1), ranks)))
-    plccs, srccs = np.concatenate(found, axis=1)
-    ends = {f"{k}_{e}": v for k, x in (("plcc", plccs), ("srcc", srccs)) for e, v in zip(("low", "high"), _interval(x))}
-    return dict(
-        n=len(s),
-        n_sim=n_sim,
-        reliability=reliability,
-        plcc=float(np.sqrt(reliability)),
-        srcc=float(srccs.mean()),
-        **ends,
-        rmse=float(np.sqrt(noise)),
-    )
+    rng, ranks, pairs, step = np.random.default_rng(seed), stats.rankdata(true), [], max(1, 500_000 // len(s))
+    for start in range(0, n_sim, step):
+        observed = true + se * rng.standard_normal((min(step, n_sim - start), len(s)))
+        pairs.append((_rows_corr(observed, true), _rows_corr(stats.rankdata(observed, axis=1), ranks)))
+    plccs, srccs = np.concatenate(pairs, axis=1)
+    out = dict(n=len(s), n_sim=n_sim, reliability=reliability, plcc=float(np.sqrt(reliability)))
+    out["srcc"] = float(srccs.mean())
+    out["plcc_low"], out["plcc_high"] = _interval(plccs)
+    out["srcc_low"], out["srcc_high"] = _interval(srccs)
+    return out | dict(rmse=float(np.sqrt(noise)))
 
 # %% ../nbs/12_metrics.ipynb #4e7ac054
 def ceiling_of(
     table,  # pandas frame with score, and where the set has them std (points of 0-100) and votes; e.g. the test split
     n_sim: int = 1000,  # as for `noise_ceiling`
     seed: int = 0,
-) -> (
-    dict | None
-):  # as from `noise_ceiling`, of the rows that have all three (n says how many); None where std or votes are unknown
-    "The ceiling that label noise sets on a table's pictures."
+) -> dict | None:
+    """Compute the ceiling that label noise sets on a table's pictures.
+
+    Returns what `noise_ceiling` does, of the rows that have all three (n is their number); None where std or votes are
+    unknown."""
     if not {"score", "std", "votes"} <= set(table):
         return None
     known = table[["score", "std", "votes"]].astype(float).dropna()
@@ -364,23 +357,14 @@ def compare(
     d = d[~np.isnan(d)]
     (low, high), p = _interval(d), min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))
     ahead = 0 if not (low > 0 or high < 0) else (1 if low > 0 else -1) * (-1 if metric == "rmse" else 1)
-    return {
-        "metric": metric,
-        "n": len(s),
-        "a": va,
-        "b": vb,
-        "diff": va - vb,
-        "low": low,
-        "high": high,
-        "p": float(p),
-        "better": {1: "a", -1: "b", 0: None}[ahead],
-    }
+    better = {1: "a", -1: "b", 0: None}[ahead]
+    return dict(metric=metric, n=len(s), a=va, b=vb, diff=va - vb, low=low, high=high, p=float(p), better=better)
 
 # %% ../nbs/12_metrics.ipynb #e462f46f
 def holm(
     p: ArrayLike,   # (m,) p-values of m comparisons
 ) -> np.ndarray:    # (m,) corrected, same order
-    "Holm's step-down correction."
+    "Correct p-values by Holm's step-down method."
     p = np.asarray(p, float)
     order = np.argsort(p, kind="stable")
     out = np.empty_like(p)
@@ -389,10 +373,10 @@ def holm(
 
 # %% ../nbs/12_metrics.ipynb #e2d77c22
 def over_seeds(
-    metrics: Sequence[dict],  # one dict of `evaluate` a run
+    metrics: Sequence[dict],  # one dict of `evaluate` per run
     names: Sequence[str] = ("srcc", "krcc", "plcc", "rmse", "plcc_fitted", "rmse_fitted"),  # those to summarise
 ) -> dict:  # n_runs, and srcc_mean, srcc_std (ddof=1; nan for one run), srcc_median, ...
-    "Mean, standard deviation and median over runs, of the metrics that all runs have. ValueError for no run."
+    "Compute mean, standard deviation and median over runs of the metrics that all have. ValueError for no run."
     if not metrics:
         raise ValueError("over_seeds needs at least one run's metrics, got none")
     out = {"n_runs": len(metrics)}
@@ -407,28 +391,26 @@ def over_seeds(
 
 # %% ../nbs/12_metrics.ipynb #66725c21
 def evaluate_runs(
-    preds: ArrayLike,  # (n,) or (runs, n) predictions of the same images, a row a run
+    preds: ArrayLike,  # (n,) or (runs, n) predictions of the same images, one row per run
     score: ArrayLike,  # (n,) true scores, 0-100
     n_boot: int = 1000,  # bootstrap resamples; 0 leaves the intervals out
     seed: int = 0,  # of the resamples
     groups: ArrayLike | None = None,  # (n,) reference of each image: whole references are resampled
-) -> (
-    dict
-):  # as `evaluate`, each the mean over runs; n_runs, and srcc_std, krcc_std, ... over runs (ddof=1; nan for one run)
-    "Average each metric over several runs on one test set, with 95 % intervals and spread. ValueErrors as in `srcc`."
+) -> dict:
+    """Average each metric over several runs on one test set, with 95 % intervals and spread.
+
+    Returns what `evaluate` does, each the mean over runs; n_runs, and the standard deviations over runs srcc_std,
+    krcc_std, ... (ddof=1; nan for one run). ValueErrors as in `srcc`."""
     runs = [_check(p, score)[0] for p in np.atleast_2d(np.asarray(preds, dtype=np.float64))]
     if not runs:
         raise ValueError("evaluate_runs needs at least one run's predictions, got none")
     s, points = _check(runs[0], score)[1], [_point(p, _check(p, score)[1]) for p in runs]
     names = [m for m in ("srcc", "krcc", "plcc", "rmse") if m != "krcc" or len(s) <= KRCC_MAX]
-    blocks = [
-        [np.mean([_boot(m, p, s, w) for p in runs], 0) for m in names] for w in _counts(len(s), n_boot, seed, groups)
-    ]
-    out = {
-        "n": len(s),
-        "n_runs": len(runs),
-        "fit": "linear" if any(p.pop("fit") == "linear" for p in points) else "logistic",
-    }
+    blocks = []
+    for w in _counts(len(s), n_boot, seed, groups):
+        blocks.append([np.mean([_boot(m, p, s, w) for p in runs], 0) for m in names])
+    fits = [p.pop("fit") for p in points]
+    out = {"n": len(s), "n_runs": len(runs), "fit": "linear" if "linear" in fits else "logistic"}
     for m in points[0]:
         values = np.array([p[m] for p in points])
         out[m], out[f"{m}_std"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else float("nan")
@@ -444,22 +426,23 @@ def boot_models(
     n_boot: int = 2000,  # resamples
     seed: int = 0,  # of the resamples
     groups: ArrayLike | None = None,  # (n,) reference of each image
-) -> dict[
-    str, np.ndarray
-]:  # model to (1 + n_boot,): the metric itself (the mean over runs), then that of every resample
-    "One metric of several models in the same bootstrap resamples. ValueErrors as in `srcc`."
+) -> dict[str, np.ndarray]:
+    """Compute one metric of several models in the same bootstrap resamples. ValueErrors as in `srcc`.
+
+    Returns model to (1 + n_boot,): the metric itself (the mean over runs), then that of every resample."""
     runs = {k: [_check(p, score)[0] for p in np.atleast_2d(np.asarray(v, dtype=np.float64))] for k, v in preds.items()}
     s = np.asarray(score, dtype=np.float64)
     weights = [np.ones((1, len(s))), *_counts(len(s), n_boot, seed, groups)]
-    return {
-        k: np.concatenate([np.mean([_boot(metric, p, s, w) for p in r], 0) for w in weights]) for k, r in runs.items()
-    }
+    out = {}
+    for model, own in runs.items():
+        out[model] = np.concatenate([np.mean([_boot(metric, p, s, w) for p in own], 0) for w in weights])
+    return out
 
 
 def interval_of(
     values: np.ndarray,  # (1 + n_boot,) a function of what `boot_models` gives
 ) -> tuple[float, float, float]:  # the value, low, high (95 %); without resamples the ends are nan
-    "A value with its percentile interval; resamples in which it is undefined are left out."
+    "Return a value with its percentile interval; resamples in which it is undefined are left out."
     return float(values[0]), *_interval(values[1:])
 
 # %% ../nbs/12_metrics.ipynb #4a6517c3
@@ -470,7 +453,7 @@ def add_seeds(
     p: float,  # of a bootstrap over pictures, of the mean over seeds
     each: ArrayLike,  # (k,) the same quantity of every seed
 ) -> tuple[float, float, float]:  # low, high, p
-    "The interval and p-value widened by the luck of the seeds; as they are for one seed or without an interval."
+    "Widen an interval and p-value by the luck of the seeds; for one seed or without an interval, leave them."
     each = np.asarray(each, float)
     if len(each) < 2 or not high > low:
         return low, high, p
@@ -480,19 +463,14 @@ def add_seeds(
     se = np.hypot(pictures, seeds)
     df = (len(each) - 1) * (se / seeds) ** 4
     wider = stats.t.ppf(0.975, df) * se / (stats.norm.ppf(0.975) * pictures)
-    return (
-        value - (value - low) * wider,
-        value + (high - value) * wider,
-        max(p, float(2 * stats.t.sf(abs(value) / se, df))),
-    )
+    p = max(p, float(2 * stats.t.sf(abs(value) / se, df)))
+    return value - (value - low) * wider, value + (high - value) * wider, p
 
 
 def models_interval(
     preds: dict[str, ArrayLike],  # model to (seeds, n) predictions of the same images, the same seeds in the same order
     score: ArrayLike,  # (n,) true scores
-    f: Callable[
-        [dict], ArrayLike
-    ],  # of model to its metric: what is measured, such as lambda m: m["large"] - m["small"]
+    f: Callable[[dict], ArrayLike],  # of the models' metrics, such as lambda m: m["large"] - m["small"]
     metric: str = "srcc",
     n_boot: int = 2000,  # resamples; 0: no interval
     seed: int = 0,
@@ -508,9 +486,8 @@ def models_interval(
         raise ValueError(f"models have unequal numbers of seeds: {counts}")
     d = values[1:][~np.isnan(values[1:])]
     p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1)) if len(d) else float("nan")
-    one = [
-        {k: np.atleast_2d(np.asarray(v, float))[s : s + 1] for k, v in preds.items()}
-        for s in range(next(iter(counts.values())))
-    ]
-    each = [float(np.asarray(f(boot_models(m, score, metric, 0)))[0]) for m in one]
+    each = []
+    for s in range(next(iter(counts.values()))):
+        of_seed = {k: np.atleast_2d(np.asarray(v, float))[s : s + 1] for k, v in preds.items()}
+        each.append(float(np.asarray(f(boot_models(of_seed, score, metric, 0)))[0]))
     return value, *add_seeds(value, low, high, p, each)

@@ -34,9 +34,7 @@ class SetFacts:
     source: str  # where it is described
     terms: str = "see the set's page"  # what its makers allow, in their words where they are short
     kind: str = "authentic"  # authentic, synthetic (distorted by program from references), generated, rendered or own
-    references: int | None = (
-        None  # reference images, or prompts of a generated set; None: every picture is its own scene
-    )
+    references: int | None = None  # references, or prompts of a generated set; None: each picture is its own scene
     label: str = "MOS"  # what the published number is, with its direction
     official: tuple[int, int, int] | str = ""  # images of the official split (train, val, test), or what it is in words
     std: str = ""  # where std comes from, and how it got onto the 0-100 scale
@@ -53,7 +51,9 @@ class SetFacts:
     @property
     def official_text(self) -> str:  # "7,058 / 1,000 / 2,015"
         "Say what the official split is."
-        return self.official if isinstance(self.official, str) else " / ".join(f"{n:,}" if n else "none" for n in self.official)
+        if isinstance(self.official, str):
+            return self.official
+        return " / ".join(f"{n:,}" if n else "none" for n in self.official)
 
 # %% ../nbs/04_sets.ipynb #8629eded
 _UT = (
@@ -97,6 +97,10 @@ FACTS = {
         ),
         columns=(("name", "Image name"), ("mos", "MOS")),
     ),
+}
+
+# %% ../nbs/04_sets.ipynb #6670728f
+FACTS |= {
     "kadid-10k": SetFacts(
         (1, 5),
         10125,
@@ -130,6 +134,10 @@ FACTS = {
         reference=r"_(\d+)\.\w+$",
         columns=(("name", "name"), ("mos", "mos_quality"), ("std", "std_quality")),
     ),
+}
+
+# %% ../nbs/04_sets.ipynb #bcf652e8
+FACTS |= {
     "live": SetFacts(
         (112, -3),
         779,
@@ -166,6 +174,10 @@ FACTS = {
         folders=("dst_imgs_all", "dst_imgs", "distorted_images"),
         reference=r"^(.+)\.[^.]+\.\d\.\w+$",
     ),
+}
+
+# %% ../nbs/04_sets.ipynb #a8dfb1c7
+FACTS |= {
     "tid2013": SetFacts(
         (0, 9),
         3000,
@@ -222,7 +234,7 @@ FACTS = {
 
 # %% ../nbs/04_sets.ipynb #1282c7b4
 def facts_table() -> pd.DataFrame:  # kind, images, references, label, worst, best, official, std, terms, get, source
-    "The facts as a frame, one row a set."
+    "Return the facts as a frame, one row per set."
     names = ("kind", "images", "references", "label", "worst", "best", "official", "std", "terms", "get", "source")
     rows = [{**vars(f), "worst": f.scale[0], "best": f.scale[1], "official": f.official_text} for f in FACTS.values()]
     table = pd.DataFrame(rows, index=pd.Index(list(FACTS), name="set"))[list(names)]
@@ -242,7 +254,7 @@ def find_set(
 def set_info(
     name: str,  # a name that `find_set` knows
 ) -> str:
-    "All that is known about one set, and how its folder should look, as lines of text. ValueError for an unknown name."
+    "Describe a set and how its folder should look, as lines of text. ValueError for an unknown name."
     f, empty = find_set(name), ("", None, (), (".",))
     shown = {n.name: getattr(f, n.name) for n in fields(f) if n.name not in ("columns", "reference", "lists", "read")}
     shown["scale"] = f"{f.scale[0]:g} (worst) to {f.scale[1]:g} (best)"
@@ -254,17 +266,22 @@ def set_info(
 
 # %% ../nbs/04_sets.ipynb #5b519ce4
 class DataError(ValueError):
-    "Something about an image set on disk is wrong; the message names it and says how to mend it."
+    "Something about an image set on disk is wrong; the message names it and says how to fix it."
 
 # %% ../nbs/04_sets.ipynb #3d410830
 _TEXT = dict(dtype=str, keep_default_na=False)
 
 
 def _records(text: str) -> pd.DataFrame:
-    "A list of records, or an object that holds nothing but one."
+    "Read a list of records, or an object that holds nothing but one."
     value = json.loads(text)
     lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
     return pd.DataFrame(lists[0] if len(lists) == 1 and len(value) == 1 and isinstance(lists[0][0], dict) else value)
+
+
+def _json_lines(text: str) -> pd.DataFrame:
+    "Read one record per line."
+    return pd.DataFrame([json.loads(line) for line in text.splitlines() if line.strip()])
 
 
 READERS = {
@@ -273,17 +290,15 @@ READERS = {
     ".parquet": pd.read_parquet,
     ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
     ".json": lambda p: _records(p.read_text(encoding="utf-8")),
-    ".jsonl": lambda p: pd.DataFrame(
-        [json.loads(line) for line in p.read_text(encoding="utf-8").splitlines() if line.strip()]
-    ),
+    ".jsonl": lambda p: _json_lines(p.read_text(encoding="utf-8")),
 }
 
 
 def _numbers(column: pd.Series, path: Path) -> pd.Series:
-    "A column of numbers, empty cells as NaN; DataError names the first row that holds something else."
-    given = column.replace("", np.nan)
-    numbers = pd.to_numeric(given, errors="coerce").astype(float)
-    if len(bad := np.flatnonzero(numbers.isna() & given.notna())):
+    "Convert a column to numbers, empty cells to NaN. DataError names the first row that holds something else."
+    cells = column.replace("", np.nan)
+    numbers = pd.to_numeric(cells, errors="coerce").astype(float)
+    if len(bad := np.flatnonzero(numbers.isna() & cells.notna())):
         raise DataError(f"{path}: row {bad[0] + 1}: {column.name} {column.iloc[bad[0]]!r} is not a number")
     return numbers
 
@@ -291,7 +306,7 @@ def _numbers(column: pd.Series, path: Path) -> pd.Series:
 def read_labels(
     path: str | Path,  # .csv, .tsv, .parquet, .json (a list of records), .jsonl or .xlsx
 ) -> pd.DataFrame:
-    "A label file as a frame; DataError names the file when it is missing, empty or not what its name says."
+    "Read a label file as a frame of text. DataError names a file that is missing, empty or not what its name says."
     path = Path(path)
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: labels are read from {', '.join(READERS)} files")
@@ -299,16 +314,16 @@ def read_labels(
         raise DataError(f"{path}: no such file")
     try:
         frame = READERS[path.suffix.lower()](path)
-    except Exception as e:
+    except Exception as e:  # each reader raises its own
         raise DataError(f"{path}: cannot be read as {path.suffix} ({type(e).__name__}: {e})") from None
     frame = frame.loc[:, [not str(c).startswith("Unnamed") for c in frame.columns]]  # columns without a name
     if frame.empty:
         raise DataError(f"{path}: has no rows")
     return frame.assign(**{c: _numbers(frame[c], path) for c in ("std", "SD") if c in frame})
 
-
+# %% ../nbs/04_sets.ipynb #35a43fc3
 def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
-    "Pick and rename columns, or say which ones the file lacks."
+    "Pick and rename columns. DataError says which ones the file lacks."
     if lacking := [c for c in wanted.values() if c not in frame.columns]:
         raise DataError(
             f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}. "
@@ -318,22 +333,21 @@ def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
 
 # %% ../nbs/04_sets.ipynb #a2dbded5
 def _pairs(path: Path, *columns: str) -> pd.DataFrame:
-    "A text file of two words a line."
-    rows = [
-        (i, line.split())
-        for i, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1)
-        if line.strip()
-    ]
-    for i, words in rows:
-        if len(words) != 2:
+    "Read a text file of two words per line."
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        words = line.split()
+        if words and len(words) != 2:
             raise DataError(
-                f"{path}: line {i}: {' '.join(words)!r} is not '{' '.join(columns)}'. Take the file as it was published"
+                f"{path}: line {number}: {' '.join(words)!r} is not '{' '.join(columns)}'. "
+                "Take the file as it was published"
             )
-    return pd.DataFrame([words for _, words in rows], columns=list(columns))
+        rows += [words] if words else []
+    return pd.DataFrame(rows, columns=list(columns))
 
 
 def _sheet(path: Path, sheet: int | str = 0) -> pd.DataFrame:
-    "A sheet as text, without a header, empty cells as ''."
+    "Read a sheet as text, without a header, empty cells as ''."
     try:
         return pd.read_excel(path, sheet_name=sheet, header=None, **_TEXT).fillna("")
     except Exception as e:
@@ -343,28 +357,26 @@ def _sheet(path: Path, sheet: int | str = 0) -> pd.DataFrame:
 
 
 def _mat(path: Path, variable: str) -> np.ndarray:
-    "A variable of a MATLAB file as a flat array; cells of text as text."
+    "Read a variable of a MATLAB file as a flat array; cells of text as text."
     try:
-        held = loadmat(path)
+        variables = loadmat(path)
     except Exception as e:
         raise DataError(f"{path}: cannot be read as a MATLAB file ({type(e).__name__}: {e}). Copy it again") from None
-    if variable not in held:
-        raise DataError(
-            f"{path}: has no variable {variable!r}; it has {', '.join(k for k in held if not k.startswith('_'))}"
-        )
-    values = held[variable].ravel()
+    if variable not in variables:
+        names = ", ".join(k for k in variables if not k.startswith("_"))
+        raise DataError(f"{path}: has no variable {variable!r}; it has {names}")
+    values = variables[variable].ravel()
     return values if values.dtype != object else np.array([str(np.ravel(v)[0]) for v in values])
 
 # %% ../nbs/04_sets.ipynb #8582a282
 def _resolve(root: Path, name: str) -> Path | None:
-    "The file or folder of that name below root, whatever the case of its letters; the exact one first."
+    "Find a file or folder by its name below root, whatever the case of its letters; the exact one first."
     here = root
     for part in Path(name).parts:
-        alike = (
-            [here / part]
-            if (here / part).exists()
-            else sorted(f for f in here.glob("*") if f.name.lower() == part.lower())
-        )
+        if (here / part).exists():
+            here = here / part
+            continue
+        alike = sorted(f for f in here.glob("*") if f.name.lower() == part.lower())
         if not alike:
             return None
         here = alike[0]
@@ -372,18 +384,18 @@ def _resolve(root: Path, name: str) -> Path | None:
 
 
 def _find(root: Path, *names: str) -> Path | None:
-    "The first of several files below root that exists."
+    "Find the first of several files below root that exists."
     return next((p for p in (_resolve(root, n) for n in names) if p is not None and p.is_file()), None)
 
 
 def _lists(name: str) -> tuple[str, ...]:
-    "Where the paper's list of a set may lie."
+    "List where the paper's list of a set may lie."
     p = find_set(name).paper
     return tuple(f"{d}{p}_test.json" for d in ("", f"{p}-test/", f"{p}_test/", "metas/")) if p else ()
 
 
 def _look_around(name: str, root: Path) -> str:
-    "What a folder is that is not the one of the set, and where the right one may be."
+    "Say what a folder is that is not the one of the set, and where the right one may be."
     for other, facts in FACTS.items():
         if other != name and (path := _find(root, *facts.files)):
             return f"It has {path.relative_to(root)}, the labels of {other}: is it dataset={other!r}?"
@@ -395,7 +407,7 @@ def _look_around(name: str, root: Path) -> str:
 
 
 def _label_file(name: str, root: Path, *names: str) -> Path:
-    "A label file of the set (any one of `names`, or of its facts), or a DataError that says where it may be."
+    "Find a label file of the set (one of `names`, or of its facts). DataError says where it may be."
     if path := _find(root, *(names or find_set(name).files)):
         return path
     raise DataError(
@@ -405,7 +417,7 @@ def _label_file(name: str, root: Path, *names: str) -> Path:
 
 # %% ../nbs/04_sets.ipynb #a4b63a4c
 def _listing(folder: Path, levels: int) -> dict[str, Path]:
-    "Lower-case file name -> its folder, for a folder and some levels below it; upper levels first."
+    "Map lower-case file names to their folders, for a folder and some levels below it; upper levels first."
     where, level = {}, [folder]
     for _ in range(levels + 1):
         below = []
@@ -421,18 +433,16 @@ def _listing(folder: Path, levels: int) -> dict[str, Path]:
 
 
 def _place(root: Path, names: list[str], folders: tuple[str, ...]) -> list[str]:
-    "Pictures' names as paths below root; DataError when not one of them is there."
+    "Turn pictures' names into paths below root. DataError when not one of them is there."
     wanted = {n.lower() for n in names}
     for folder, levels in [*((f, 0 if f == "." else 1) for f in folders), (".", 3)]:
         home = _resolve(root, folder)
         if home is not None and home.is_dir() and not wanted.isdisjoint(where := _listing(home, levels)):
             return [(where.get(n.lower(), home) / n).relative_to(root).as_posix() for n in names]
     above = next((f for f in folders if f != "." and _resolve(root.resolve().parent, f)), None)
-    hint = (
-        f"The folder above has {above}/: use root={str(root.resolve().parent)!r}"
-        if above
-        else "Copy them there, or give the folder that has them"
-    )
+    hint = "Copy them there, or give the folder that has them"
+    if above:
+        hint = f"The folder above has {above}/: use root={str(root.resolve().parent)!r}"
     raise DataError(
         f"{root}: has the labels, but none of the {len(names)} pictures (such as {names[0]}) in {', '.join(folders)} "
         f"or below. {hint}"
@@ -440,15 +450,14 @@ def _place(root: Path, names: list[str], folders: tuple[str, ...]) -> list[str]:
 
 # %% ../nbs/04_sets.ipynb #79157d20
 def _assemble(name: str, root: Path, t: pd.DataFrame, path: Path, folders: tuple[str, ...] = ()) -> pd.DataFrame:
-    "name, mos and perhaps std (label units), ref, split, scale -> the reader's table."
+    "Make the reader's table from name, mos and perhaps std (label units), ref, split and scale."
     facts, names = find_set(name), [Path(str(n).replace("\\", "/")).name for n in t.name]
     if facts.reference:
         refs = pd.Series(names, dtype=object).str.extract(facts.reference, flags=re.IGNORECASE)[0].str.lower()
         if len(bad := np.flatnonzero(refs.isna())):
             raise DataError(
                 f"{path}: row {bad[0] + 1}: the name {names[bad[0]]!r} does not tell its reference. Use the "
-                "published names, for pictures of "
-                "one reference must stay together"
+                "published names, for pictures of one reference must stay together"
             )
         t = t.assign(ref=refs.to_numpy())
     if "std" in t:
@@ -457,29 +466,20 @@ def _assemble(name: str, root: Path, t: pd.DataFrame, path: Path, folders: tuple
 
 # %% ../nbs/04_sets.ipynb #17ba693e
 IMAGE_COLUMNS = (
-    "image",
-    "image_name",
-    "Image Name",
-    "Image name",
-    "filename",
-    "file_name",
-    "name",
-    "img",
-    "dist_img",
-    "path",
+    "image", "image_name", "Image Name", "Image name", "filename", "file_name", "name", "img", "dist_img", "path",
 )
 SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality", "mos_quality", "dmos", "DMOS")
 
 
 def _scale_of(scores: pd.Series, *scales: tuple[float, float]) -> tuple[float, float]:
-    "The narrowest of some declared scales that holds nine tenths of the scores; the widest where none does."
+    "Find the narrowest of some declared scales that holds nine tenths of the scores; else take the widest."
     numbers = pd.to_numeric(scores, errors="coerce").dropna()
     scales = sorted(scales, key=lambda s: abs(s[1] - s[0]))
     return next((s for s in scales if numbers.between(min(s), max(s)).mean() >= 0.9), scales[-1])
 
 
 def _paper_list(name: str, root: Path, split: str) -> Path | None:
-    "The paper's list, where it is asked for or the only labels there are."
+    "Find the paper's list, if it is asked for or if there are no other labels."
     path = _find(root, *_lists(name))
     if split == "paper" and path is None:
         raise DataError(
@@ -490,12 +490,10 @@ def _paper_list(name: str, root: Path, split: str) -> Path | None:
 
 
 def _read_list(name: str, root: Path, path: Path) -> pd.DataFrame:
-    "A list of {image, score}: all of it is the test part."
+    "Read a list of {image, score}: all of it is the test split."
     frame = read_labels(path)
-    image, score = (
-        next((c for c in usual if c in frame.columns), usual[k])
-        for usual, k in ((IMAGE_COLUMNS, 0), (SCORE_COLUMNS, 2))
-    )
+    image = next((c for c in IMAGE_COLUMNS if c in frame.columns), "image")
+    score = next((c for c in SCORE_COLUMNS if c in frame.columns), "score")
     t = _columns(frame, path, name=image, mos=score).assign(split="test")
     scale = _scale_of(t.mos, find_set(name).scale, *find_set(name).lists)
     return _assemble(name, root, t.assign(scale=[scale] * len(t)), path, (path.parent.relative_to(root).as_posix(),))
@@ -505,8 +503,8 @@ def read_table(
     name: str,  # spaq, kadid-10k or agiqa-3k
     root: Path,  # its folder
     cfg: Config,  # split="paper" takes the paper's list
-) -> pd.DataFrame:  # image, mos, and std, ref, split, scale where they are known
-    "A set whose labels are one table with a header, or the paper's list of it. DataError names the file and the mend."
+) -> pd.DataFrame:  # image, mos, and std, ref, split, scale if they are known
+    "Read a set whose labels are one table with a header, or the paper's list of it. DataError says what to do."
     if path := _paper_list(name, root, cfg.split):
         return _read_list(name, root, path)
     path = _label_file(name, root)
@@ -515,18 +513,14 @@ def read_table(
     return _assemble(name, root, _columns(frame, path, **keep), path)
 
 # %% ../nbs/04_sets.ipynb #d1b75597
-_CSIQ = {
-    "noise": "AWGN",
-    "blur": "BLUR",
-    "contrast": "contrast",
-    "fnoise": "fnoise",
-    "jpeg": "JPEG",
-    "jpeg 2000": "jpeg2000",
-}  # sheet -> file
+_CSIQ = {  # sheet -> file
+    "noise": "AWGN", "blur": "BLUR", "contrast": "contrast",
+    "fnoise": "fnoise", "jpeg": "JPEG", "jpeg 2000": "jpeg2000",
+}
 
 
 def _csiq_sheet(path: Path) -> pd.DataFrame:
-    "name, mos and std from csiq.DMOS.xlsx."
+    "Read name, mos and std from csiq.DMOS.xlsx."
     sheet, wanted = _sheet(path, "all_by_image"), ["image", "dst_type", "dst_lev", "dmos", "dmos_std"]
     head = next((i for i, row in sheet.iterrows() if set(wanted) <= set(row)), None)
     if head is None:
@@ -540,32 +534,24 @@ def _csiq_sheet(path: Path) -> pd.DataFrame:
         raise DataError(
             f"{path}: row {bad[0] + head + 2}: {t.dst_type[bad[0]]!r} is no distortion of CSIQ: {', '.join(_CSIQ)}"
         )
-    return pd.DataFrame(
-        dict(name=t.image + "." + t.dst_type.map(_CSIQ) + "." + t.dst_lev + ".png", mos=t.dmos, std=t.dmos_std)
-    )
+    name = t.image + "." + t.dst_type.map(_CSIQ) + "." + t.dst_lev + ".png"
+    return pd.DataFrame(dict(name=name, mos=t.dmos, std=t.dmos_std))
 
 
 def read_csiq(root: Path, cfg: Config) -> pd.DataFrame:
-    "CSIQ: csiq_label.txt or csiq.DMOS.xlsx; pictures in dst_imgs_all/, or in dst_imgs/ by distortion."
+    "Read CSIQ: csiq_label.txt or csiq.DMOS.xlsx; pictures in dst_imgs_all/, or in dst_imgs/ by distortion."
     path = _label_file("csiq", root)
-    return _assemble(
-        "csiq", root, _csiq_sheet(path) if path.suffix.lower() == ".xlsx" else _pairs(path, "name", "mos"), path
-    )
+    labels = _csiq_sheet(path) if path.suffix.lower() == ".xlsx" else _pairs(path, "name", "mos")
+    return _assemble("csiq", root, labels, path)
 
 
 def read_tid2013(root: Path, cfg: Config) -> pd.DataFrame:
-    "TID2013: mos_with_names.txt and distorted_images/."
+    "Read TID2013: mos_with_names.txt and distorted_images/."
     path = _label_file("tid2013", root)
     return _assemble("tid2013", root, _pairs(path, "mos", "name"), path)
 
 # %% ../nbs/04_sets.ipynb #f072dc0f
-LIVE_PARTS = {
-    "jp2k": 227,
-    "jpeg": 233,
-    "wn": 174,
-    "gblur": 174,
-    "fastfading": 174,
-}  # files of each distortion, in the order of the labels
+LIVE_PARTS = {"jp2k": 227, "jpeg": 233, "wn": 174, "gblur": 174, "fastfading": 174}  # files, in the labels' order
 _LIVE_KNOWN = {
     "jp2k/img2.bmp": "studentsculpture.bmp",
     "jp2k/img3.bmp": "rapids.bmp",
@@ -574,57 +560,62 @@ _LIVE_KNOWN = {
 }
 
 
+def _live_files() -> list[str]:
+    "List the files in the order of the labels."
+    return [f"{part}/img{i}.bmp" for part, n in LIVE_PARTS.items() for i in range(1, n + 1)]
+
+
 def _live_refs(files: list[str], copies: np.ndarray, refs: np.ndarray, path: Path) -> dict[str, str]:
-    "File -> reference, in the order that the known pictures prove."
+    "Map files to references, in the order that the known pictures prove."
     kept = [f for f, c in zip(files, copies) if not c]
-    orders = (
-        [files]
-        if len(refs) == len(files)
-        else [kept, sorted(kept, key=lambda f: (list(LIVE_PARTS).index(f.split("/")[0]), f))]
-    )
+    alphabetical = sorted(kept, key=lambda f: (list(LIVE_PARTS).index(f.split("/")[0]), f))
+    orders = [files] if len(refs) == len(files) else [kept, alphabetical]
     if len(refs) != len(orders[0]):
         raise DataError(
             f"{path}: has {len(refs)} names; the set has {len(files)} files, {len(kept)} of them distorted. Take the "
             "file as it was published"
         )
     for order in orders:
-        told = dict(zip(order, (str(r).strip().lower() for r in refs)))
-        if all(told[f] == ref for f, ref in _LIVE_KNOWN.items()):
-            return told
+        ref_of = dict(zip(order, (str(r).strip().lower() for r in refs)))
+        if all(ref_of[f] == ref for f, ref in _LIVE_KNOWN.items()):
+            return ref_of
     raise DataError(
         f"{path}: is in no known order: by it, jp2k/img2.bmp is not of studentsculpture.bmp. Take the file as it was "
         "published"
     )
 
-
-def read_live(root: Path, cfg: Config) -> pd.DataFrame:
-    "LIVE release 2: dmos_realigned.mat, refnames_all.mat and five folders; copies of references are left out."
-    path, names = _label_file("live", root), _label_file("live", root, "refnames_all.mat")
-    files = [f"{part}/img{i}.bmp" for part, n in LIVE_PARTS.items() for i in range(1, n + 1)]
-    dmos, std, orgs = (_mat(path, v) for v in ("dmos_new", "dmos_std", "orgs"))
-    copies = orgs == 1 if len(orgs) == len(files) else dmos == 0
-    if {len(dmos), len(std)} != {len(files)} or copies.sum() != len(files) - FACTS["live"].images:
-        raise DataError(
-            f"{path}: has {len(dmos)} DMOS, {len(std)} deviations and {copies.sum()} copies of references; release 2 "
-            f"has {len(files)}, "
-            f"{len(files)} and {len(files) - FACTS['live'].images}. Take the file as it was published"
-        )
-    refs = _live_refs(files, copies, _mat(names, "refnames_all"), names)
-    found = {part: _resolve(root, part) or (_resolve(root, "blur") if part == "gblur" else None) for part in LIVE_PARTS}
-    if not any(found.values()):
+# %% ../nbs/04_sets.ipynb #405025f3
+def _live_folders(root: Path) -> dict[str, str]:
+    "Map LIVE's folders to their names on disk. DataError when there is none."
+    folders = {part: _resolve(root, part) for part in LIVE_PARTS}
+    folders["gblur"] = folders["gblur"] or _resolve(root, "blur")
+    if not any(folders.values()):
         raise DataError(
             f"{root}: has the labels of LIVE and none of its folders {', '.join(LIVE_PARTS)}. Give the folder that "
             "has both"
         )
-    folder = {part: d.name if d else part for part, d in found.items()}
-    t = pd.DataFrame(dict(image=files, mos=dmos, std=std * 100 / abs(np.subtract(*FACTS["live"].scale))))[
-        ~copies
-    ].reset_index(drop=True)
+    return {part: folder.name if folder else part for part, folder in folders.items()}
+
+
+def read_live(root: Path, cfg: Config) -> pd.DataFrame:
+    "Read LIVE release 2: dmos_realigned.mat, refnames_all.mat, five folders. Copies of references are left out."
+    path, names = _label_file("live", root), _label_file("live", root, "refnames_all.mat")
+    files, facts = _live_files(), FACTS["live"]
+    dmos, std, orgs = (_mat(path, v) for v in ("dmos_new", "dmos_std", "orgs"))
+    copies = orgs == 1 if len(orgs) == len(files) else dmos == 0
+    if {len(dmos), len(std)} != {len(files)} or copies.sum() != len(files) - facts.images:
+        raise DataError(
+            f"{path}: has {len(dmos)} DMOS, {len(std)} deviations and {copies.sum()} copies of references; release 2 "
+            f"has {len(files)}, {len(files)} and {len(files) - facts.images}. Take the file as it was published"
+        )
+    refs, folder = _live_refs(files, copies, _mat(names, "refnames_all"), names), _live_folders(root)
+    t = pd.DataFrame(dict(image=files, mos=dmos, std=std * 100 / abs(np.subtract(*facts.scale))))
+    t = t[~copies].reset_index(drop=True)
     return t.assign(ref=t.image.map(refs), image=[f"{folder[f.split('/')[0]]}/{f.split('/')[1]}" for f in t.image])
 
 # %% ../nbs/04_sets.ipynb #279f1198
 def read_livec(root: Path, cfg: Config) -> pd.DataFrame:
-    "LIVE In the Wild: three MATLAB files in Data/ and the pictures in Images/."
+    "Read LIVE In the Wild: three MATLAB files in Data/ and the pictures in Images/."
     path = _label_file("livec", root)
     names = _mat(_label_file("livec", path.parent, "AllImages_release.mat"), "AllImages_release")
     t = {"name": names, "mos": _mat(path, "AllMOS_release")}
@@ -640,7 +631,7 @@ def read_livec(root: Path, cfg: Config) -> pd.DataFrame:
 
 
 def read_bid(root: Path, cfg: Config) -> pd.DataFrame:
-    "BID: DatabaseGrades.xlsx (number of the picture, mean grade) and DatabaseImage0001.JPG ..."
+    "Read BID: DatabaseGrades.xlsx (number of the picture, mean grade) and DatabaseImage0001.JPG ..."
     path = _label_file("bid", root)
     sheet = _sheet(path)
     if sheet.shape[1] < 2 or not len(first := np.flatnonzero(sheet[0].str.fullmatch(r"\d+"))):
@@ -652,20 +643,17 @@ def read_bid(root: Path, cfg: Config) -> pd.DataFrame:
     t = t[(t.number == "").cumsum() == 0].reset_index(drop=True)  # the table ends at the first empty cell
     if len(bad := np.flatnonzero(~t.number.str.fullmatch(r"\d+"))):
         raise DataError(f"{path}: row {bad[0] + first[0] + 1}: {t.number[bad[0]]!r} is not the number of a picture")
-    return _assemble(
-        "bid", root, t.assign(name=[f"DatabaseImage{int(n):04d}.JPG" for n in t.number]).drop(columns="number"), path
-    )
+    name = [f"DatabaseImage{int(n):04d}.JPG" for n in t.number]
+    return _assemble("bid", root, t.assign(name=name).drop(columns="number"), path)
 
 # %% ../nbs/04_sets.ipynb #3d1457f6
 def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
-    "BIQ2021: Images/ and two CSV files; official 10,000 / 2,000 split, MOS 0-1."
-    paths = {
-        split: _label_file("biq2021", root, f"{split.title()} (Images and MOS).csv") for split in ("train", "test")
-    }
-    parts = [
-        _columns(read_labels(p), p, name="Image Name", mos="MOS").assign(split=split) for split, p in paths.items()
-    ]
-    return _assemble("biq2021", root, pd.concat(parts, ignore_index=True), paths["train"])
+    "Read BIQ2021: Images/ and two CSV files; official 10,000 / 2,000 split, MOS 0-1."
+    paths = {s: _label_file("biq2021", root, f"{s.title()} (Images and MOS).csv") for s in ("train", "test")}
+    tables = []
+    for split, path in paths.items():
+        tables.append(_columns(read_labels(path), path, name="Image Name", mos="MOS").assign(split=split))
+    return _assemble("biq2021", root, pd.concat(tables, ignore_index=True), paths["train"])
 
 # %% ../nbs/04_sets.ipynb #9a1e499b
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
@@ -675,14 +663,14 @@ _KONIQ_FILES = FACTS["koniq-10k"].files
 
 
 def _koniq_columns(path: Path, **wanted: str) -> pd.DataFrame:
-    "name, std, and votes where the file counts them, beside the wanted columns."
+    "Read name, std, and votes if the file counts them, beside the wanted columns."
     labels = read_labels(path)
     t = _columns(labels, path, name="image_name", std="SD", **wanted)
     return t.assign(votes=_numbers(labels.c_total, path)) if "c_total" in labels else t
 
 
 def _koniq_labels(root: Path) -> pd.DataFrame:
-    "name, mos, std, votes and split (where known) and scale from the CSV files of KonIQ-10k."
+    "Read name, mos, std, votes, split (if known) and scale from the CSV files of KonIQ-10k."
     sets, scores = _find(root, _KONIQ_FILES[1]), _find(root, _KONIQ_FILES[0], _KONIQ_FILES[3])
     split = None if sets is None else _koniq_columns(sets, mos="MOS", split="set")
     if sets is not None:
@@ -695,17 +683,17 @@ def _koniq_labels(root: Path) -> pd.DataFrame:
 
 
 def _koniq_json(root: Path) -> pd.DataFrame:
-    "name, mos, split and scale from koniq_train.json and koniq_test.json, lists of {image, score}."
-    paths = {split: _label_file("koniq-10k", root, f"koniq_{split}.json") for split in ("train", "test")}
-    t = pd.concat(
-        [_columns(read_labels(p), p, name="image", mos="score").assign(split=split) for split, p in paths.items()],
-        ignore_index=True,
-    )
+    "Read name, mos, split and scale from koniq_train.json and koniq_test.json, lists of {image, score}."
+    tables = []
+    for split in ("train", "test"):
+        path = _label_file("koniq-10k", root, f"koniq_{split}.json")
+        tables.append(_columns(read_labels(path), path, name="image", mos="score").assign(split=split))
+    t = pd.concat(tables, ignore_index=True)
     return t.assign(scale=[_scale_of(t.mos, (1, 5), (1, 100))] * len(t))
 
 
 def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
-    "KonIQ-10k in every published layout: 1024x768/, 512x384/, train/ + test/, or all files in one folder."
+    "Read KonIQ-10k in every published layout: 1024x768/, 512x384/, train/ + test/, or all files in one folder."
     path = _find(root, *_KONIQ_FILES[:2], _KONIQ_FILES[3]) or _label_file("koniq-10k", root)
     t = _koniq_json(root) if path.suffix.lower() == ".json" else _koniq_labels(root)
     std = t.pop("std") if "std" in t else np.nan  # of votes, and on 0-100 already
@@ -715,7 +703,7 @@ def read_koniq(root: Path, cfg: Config) -> pd.DataFrame:
 
 # %% ../nbs/04_sets.ipynb #03c01fa0
 def read_csv(root: Path, cfg: Config) -> pd.DataFrame:
-    "Any folder with a label file; columns std (label units), ref and split are used where the file has them."
+    "Read any folder with a label file. Columns std (label units), ref and split are used if the file has them."
     if not cfg.labels:
         raise DataError("dataset='csv' needs labels: the path of a file with a column of images and one of scores")
     path = Path(cfg.labels).expanduser()
@@ -740,7 +728,7 @@ def read_csv(root: Path, cfg: Config) -> pd.DataFrame:
 
 
 def read_demo(root: Path, cfg: Config) -> pd.DataFrame:
-    "The rendered demo set; it is rendered into `root` when it is not there yet."
+    "Read the demo set; it is rendered into `root` when it is not there yet."
     t = render_demo(root)
     return t[["image", "mos", "ref", "split"]]
 

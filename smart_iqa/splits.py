@@ -294,8 +294,8 @@ def check_leaks(
     for p in pairs.head(5).itertuples():
         lines.append(f"  {p.image_a} ({p.split_a}) and {p.image_b} ({p.split_b}): near-duplicates")
     raise DataError(f"{images.name} in {images.root}: the split leaks, {len(refs)} references and {len(pairs)} pairs "
-                    "of near-duplicates lie on both sides:\n" + "\n".join(lines) + "\nFix the split, use split='random', "
-                    "or continue with leaks='mark': the headline is then reported without them.")
+                    "of near-duplicates lie on both sides:\n" + "\n".join(lines) + "\nFix the split, use "
+                    "split='random', or continue with leaks='mark': the headline is then reported without them.")
 
 # %% ../nbs/05_splits.ipynb #08f56e37
 def leaked(

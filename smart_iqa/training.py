@@ -135,7 +135,7 @@ class CropFeed:
         yield from one_ahead(normalise(crops, self.device) for crops, _ in batches)
 
     def scorer(self, model: nn.Module) -> nn.Module:
-        "The model in the form that scores fastest."
+        "Return the model in the form that scores fastest."
         return for_scoring(model, self.device, self.bf16)
 
     def score(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ def own_plan(
     rank: int,
     world: int,
 ) -> CropPlan:
-    "The part of `score_plan` that covers the images of one of several processes."
+    "Return the part of `score_plan` that covers the images of one of several processes."
     plan, own = score_plan(feed, rows, n_crops), share(len(rows), rank, world)
     each = len(plan) // max(1, len(rows))
     return plan.part(slice(each * own.start, each * own.stop))
@@ -264,7 +264,7 @@ class _Scored(nn.Module):
 
 
 def _shared_model(model: nn.Module, feed, cfg: Config, devices: Devices) -> tuple[nn.Module, int]:
-    "The module whose forward scores a batch, and the number of batch norms that make processes differ."
+    "Return the module whose forward scores a batch, and the number of batch norms that make processes differ."
     scored = _Scored(model, feed)
     if devices.world == 1:
         return scored, 0
@@ -275,7 +275,7 @@ def _shared_model(model: nn.Module, feed, cfg: Config, devices: Devices) -> tupl
 
 # %% ../nbs/13_training.ipynb #5d278f08
 def _average(model: nn.Module, decay: float) -> AveragedModel:
-    "A moving average of a model's weights that starts with a decay of 2/11 and approaches `decay`."
+    "Make a moving average of a model's weights that starts with a decay of 2/11 and approaches `decay`."
     def update(averaged, current, n):
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
 
@@ -330,7 +330,7 @@ def take_step(
 
 # %% ../nbs/13_training.ipynb #c7e4f83b
 def rebuild_optimizer(solver: Solver, new_parts: bool):
-    "Forget the optimizer's moments, as the published code did in each epoch, where `rebuild_optimizer` asks for it."
+    "Forget the optimizer's moments, as the published code did in each epoch, if `rebuild_optimizer` says so."
     if solver.cfg.rebuild_optimizer:
         solver.optimizer = make_optimizer(solver.model, solver.cfg, new_parts)
 
@@ -359,7 +359,7 @@ def train_epoch(solver: Solver):
 
 # %% ../nbs/13_training.ipynb #318ae9d2
 def _candidate(solver: Solver) -> nn.Module:
-    "The model that is validated and kept: the moving average where there is one."
+    "Return the model that is validated and kept: the moving average if there is one."
     return solver.average.module if solver.average else solver.model
 
 
@@ -409,7 +409,7 @@ def _settle_checkpoint(solver: Solver):
 
 # %% ../nbs/13_training.ipynb #ae634093
 def is_finished(solver: Solver) -> bool:
-    "Whether all epochs are done, or none of the last `patience` epochs was the best."
+    "Say whether all epochs are done, or none of the last `patience` epochs was the best."
     return solver.state["epoch"] >= solver.cfg.epochs or _out_of_patience(solver)
 
 
@@ -483,7 +483,7 @@ def load_resume_point(
 
 # %% ../nbs/13_training.ipynb #75af22c9
 def _norms_warning(norms: int, processes: int) -> str | None:
-    "What batch norms that learn change in a run of several processes; None where none learns."
+    "Say what batch norms that learn change in a run of several processes; None if none learns."
     if not norms:
         return None
     return (f"{norms} batch norms learn: each of the {processes} processes takes their statistics from its own share "

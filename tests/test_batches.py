@@ -330,7 +330,7 @@ def test_disk_full_and_read_only(standin, tmp_path, small_disk, undisturbed):
     assert {k: v for k, v in results(disk).items()} == {k: v for k, v in undisturbed.items() if k.startswith("control")}
     remount("ro")
     assert finish(jobs, disk, "study") == folders  # what is finished can be read
-    with pytest.raises(RunError, match=r"(?i)read-only file system.*the same command goes on"):
+    with pytest.raises(RunError, match=r"(?i)read-only file system.*run the same command again to resume"):
         finish({0: Job("train", recipe(standin, seed=9))}, disk, "study")
 
 

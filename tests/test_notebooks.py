@@ -17,13 +17,20 @@ from traitlets.config import Config
 from smart_iqa.lab.notebooks import parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def name_of(path: Path) -> str:
+    """Name a notebook by its folder and stem: lab/runs."""
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
 FOLDERS = ("", "lab", "app", "tutorials", "results")
 LIBRARY = [p for folder in FOLDERS for p in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
-SOURCE = {p.stem: nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
+SOURCE = {name_of(p): nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
     """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its
     temporary files go with it."""
@@ -73,11 +80,26 @@ def test_notebook_is_clean(name):
             assert not (cell.source.startswith("#| export") and re.search(r"import \*", cell.source))
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("name", SOURCE)
+def test_cells_are_short(name):
+    """No code cell is longer than 60 lines; only the parameters of `train`, which Config writes, need more."""
+    cells = [c for c in SOURCE[name].cells if c.cell_type == "code"]
+    long = [c.id for c in cells if c.source.count("\n") >= 60 and "parameters" not in c.metadata.get("tags", [])]
+    assert not long
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_lines_are_short(name):
+    """No line is longer than 120 characters, in prose as in code; a row of a Markdown table cannot be broken."""
+    lines = [(c.id, line) for c in SOURCE[name].cells for line in c.source.split("\n")]
+    long = [(cell, line) for cell, line in lines if len(line) > 120 and not line.startswith("|")]
+    assert not long
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_experiment_parameters(path):
-    """Papermill sees one parameters cell, all of its names, and every experiment can be told where to put its
-    record."""
-    tagged = [c for c in SOURCE[path.stem].cells if "parameters" in c.metadata.get("tags", [])]
+    """Papermill sees one parameters cell and all of its names, and every experiment is told where its record goes."""
+    tagged = [c for c in SOURCE[name_of(path)].cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
     written = re.findall(r"^(\w+)\s*=", tagged[0].source, re.M)
     assert list(papermill.inspect_notebook(str(path))) == written

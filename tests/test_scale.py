@@ -1,18 +1,11 @@
 """A stand-in of KonIQ-10k's layout goes through everything that a run does, and memory is watched."""
 import json
 
-import numpy as np
 import pandas as pd
-import torch
-from conftest import small_config
 
 from smart_iqa.cli import main
-from smart_iqa.crops import build_cache
-from smart_iqa.data import load_set
-from smart_iqa.demo import KONIQ_NOTE, render_koniq
-from smart_iqa.lab.probe import FirstBatches
+from smart_iqa.demo import KONIQ_NOTE
 from smart_iqa.lab.runs import execute
-from smart_iqa.training import CropFeed
 
 
 def test_the_whole_notebook(tmp_path):
@@ -37,27 +30,3 @@ def test_the_whole_notebook(tmp_path):
         claim["verdict"] == "cannot be tested here"
         and "not measured: near-duplicates, pixel cache" in claim["measured"]
     )
-
-
-def test_first_batches_are_those_of_the_whole_epoch(tmp_path):
-    """A shorter epoch, not another one: the same crops in the same order, also from the middle on."""
-    render_koniq(tmp_path / "set", 24, progress=False)
-    cfg = small_config(
-        tmp_path / "set",
-        dataset="koniq-10k",
-        labels=None,
-        score_range=None,
-        train_crops=3,
-        cache=str(tmp_path / "cache"),
-    )
-    found = load_set(cfg)
-    assert found.note == KONIQ_NOTE  # every record on it says what it is
-    pixels = build_cache(found, cfg.size, cfg.fit, cfg.cache)
-    cpu = torch.device("cpu")
-    whole, few = CropFeed(pixels, found.table, cfg, cpu), FirstBatches(pixels, found.table, cfg, cpu, batches=3)
-    assert len(few) == 3 < len(whole) and len(FirstBatches(pixels, found.table, cfg, cpu, batches=10**6)) == len(whole)
-    every = list(whole.train_batches(0))
-    for first in (0, 2):
-        got = list(few.train_batches(0, first))
-        assert len(got) == 3 - first
-        assert all(np.array_equal(x, y) and np.array_equal(r, s) for (x, r), (y, s) in zip(got, every[first:]))

@@ -719,9 +719,9 @@ def test_ctrl_c(photos, toy, run, monkeypatch):
 
     monkeypatch.setattr(Scorer, "stream", stop)
     code, _, err = run("photos", "--out", "s.csv")
-    assert code == 130 and "goes on where it was" in err and len(read_scores("s.csv")) == 3
+    assert code == 130 and "resumes where it was" in err and len(read_scores("s.csv")) == 3
     code, _, err = run("photos")
-    assert code == 130 and "--out" in err and "goes on where it was" not in err
+    assert code == 130 and "--out" in err and "resumes where it was" not in err
 
 
 # -- what is shown ---------------------------------------------------------------------------------

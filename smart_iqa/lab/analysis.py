@@ -138,7 +138,7 @@ def open_seeds(
     folders = [f for f in folders if f]
     if not folders:
         raise ValueError(
-            "give runs=: the folders of finished train runs of one configuration, one a seed, separated by commas"
+            "give runs=: the folders of finished train runs of one configuration, one per seed, separated by commas"
         )
     read = sorted((read_run(f) for f in folders), key=lambda r: r["seed"])
     _same_configuration(read)
@@ -480,7 +480,7 @@ def contact_sheet(
 @contextmanager
 def watched(
     module: nn.Module,  # any part of a model
-) -> Iterator[list]:  # its outputs, a forward pass each
+) -> Iterator[list]:  # its outputs, one per forward pass
     "Collect what a module returns while the block lasts: with watched(model.head.gate) as seen: model(x)."
     seen = []
     handle = module.register_forward_hook(lambda m, args, output: seen.append(output))

@@ -449,7 +449,7 @@ def _published_panel(ax, published: pd.DataFrame, metric: str):
 
 
 def _seeds_of(row) -> np.ndarray:
-    "The SRCC of each seed of an arm."
+    "Read the SRCC of each seed of an arm."
     return np.array(str(row.each).split(), float)
 
 
@@ -483,7 +483,7 @@ def _arm_row(left, right, y: int, r):
 
 
 def _arms_axes(n: int, published: int) -> tuple:
-    "Figure, axes of SRCC and of differences, and axes for published numbers (None where there are none)."
+    "Make the figure, axes of SRCC and of differences, and axes for published numbers (None where there are none)."
     rows = [n + 1.5, *([published + 1.5] if published else [])]
     fig = plt.figure(figsize=(WIDTH, 0.5 + 0.27 * sum(rows) + 0.35 * bool(published)))
     plt.close(fig)

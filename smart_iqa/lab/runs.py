@@ -393,9 +393,6 @@ def _papermill():
     papermill_io.register(_Whole.prefix, _Whole())
     return papermill
 
-# %% ../../nbs/lab/runs.ipynb #ad7cd96c
-#| export
-
 # %% ../../nbs/lab/runs.ipynb #f6fb6175
 def _line(progress: dict) -> str:
     "Describe a progress state in one line: step, position, time left."
