@@ -1,6 +1,7 @@
 """Pin the environment: write .ci/requirements.lock, with every distribution that the package and its extras pull in, as
 installed here.
 """
+
 import platform
 from collections.abc import Iterable
 from configparser import ConfigParser
@@ -16,7 +17,7 @@ config = ConfigParser(delimiters=["="])
 config.read(root / "settings.ini", encoding="utf-8")
 
 HEADER = """\
-# The environment of the tests and of a paper run, written by .ci/lock.py on Python {python}, {system}. Use it as a constraint:
+# The environment of the tests and of a paper run, written by .ci/lock.py on Python {python}, {system}. As a constraint:
 #
 #     pip install -c .ci/requirements.lock ".[batch]"
 #
@@ -27,8 +28,8 @@ GPU = ("nvidia-", "cuda-", "triton")
 
 
 def pinned(
-    wanted: Iterable[str],   # requirements, as in settings.ini
-) -> dict[str, str]:         # name to public version, of these and of all that they require here
+    wanted: Iterable[str],  # requirements, as in settings.ini
+) -> dict[str, str]:  # name to public version, of these and of all that they require here
     "What is installed for these requirements, without the parts of one GPU's maker."
     found, queue, seen = {}, [Requirement(w) for w in wanted], set()
     while queue:

@@ -1,7 +1,9 @@
-"""Make README.md with its pictures from nbs/index.ipynb, and nbs/README.md, the list of all notebooks, from their first lines.
+"""Make README.md with its pictures from nbs/index.ipynb, and nbs/README.md, the list of all notebooks, from their
+first lines.
 
 With --check: change nothing, and exit with 1 if they are not up to date.
 """
+
 import re
 import sys
 from pathlib import Path
@@ -26,7 +28,9 @@ FOLDERS = {
 def readme() -> dict[str, bytes]:
     """Turn the index into README.md (its cells tagged remove-input show their output alone) and its pictures."""
     index = nbformat.read(NBS / "index.ipynb", 4)
-    index.metadata["language_info"] = {"name": "python"}  # nbdev_clean removes it; it names the language of the code blocks
+    index.metadata["language_info"] = {
+        "name": "python"
+    }  # nbdev_clean removes it; it names the language of the code blocks
     remove = {"enabled": True, "remove_input_tags": ("remove-input",)}
     exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=remove))
     text, resources = exporter.from_notebook_node(index)
@@ -55,10 +59,16 @@ def notebooks() -> str:
 
 if __name__ == "__main__":
     files = readme() | {"nbs/README.md": notebooks().encode()}
-    broken = [m[1] for m in LINK.finditer(files["README.md"].decode()) if not (ROOT / m[1]).exists() and m[1] not in files]
+    broken = [
+        m[1] for m in LINK.finditer(files["README.md"].decode()) if not (ROOT / m[1]).exists() and m[1] not in files
+    ]
     if broken:
         sys.exit(f"nbs/index.ipynb: links to what does not exist: {', '.join(broken)}")
-    old = [str(p.relative_to(ROOT)) for p in (NBS / "images").glob("index-*.png") if p.relative_to(ROOT).as_posix() not in files]
+    old = [
+        str(p.relative_to(ROOT))
+        for p in (NBS / "images").glob("index-*.png")
+        if p.relative_to(ROOT).as_posix() not in files
+    ]
     stale = [name for name, data in files.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != data]
     if "--check" in sys.argv:
         wrong = ", ".join(stale + old)

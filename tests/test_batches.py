@@ -2,6 +2,7 @@
 
 Afterwards every run is finished once, and its numbers are those of an undisturbed batch.
 """
+
 import errno
 import json
 import os
@@ -38,21 +39,62 @@ from smart_iqa.lab.workers import Job, connect, finish, run_jobs
 
 pytest.importorskip("distributed", reason="needs Dask distributed: pip install 'smart-iqa[batch]'")
 CLI = [sys.executable, "-c", "import sys; from smart_iqa.cli import main; sys.exit(main())"]
-OWN = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+OWN = dict(
+    os.environ,
+    OMP_NUM_THREADS="1",
+    PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+)
 
 
 def recipe(root, **more):
     """What every run of a batch is: seconds of training, a resume point after every step."""
-    return dict(dataset="csv", root=str(root), labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64, crop=64,
-                train_crops=1, val_crops=2, test_crops=2, epochs=4, batch_size=8, lr=1e-3, head_lr_ratio=1.0, weight_decay=0.01, patience=0, amp="off",
-                device="cpu", group_duplicates=False, start_at_mean=True, loss="smooth_l1", checkpoint_minutes=0, threads=1, baseline=False) | more
+    return (
+        dict(
+            dataset="csv",
+            root=str(root),
+            labels="labels.csv",
+            score_range="0,100",
+            backbone="test_efficientnet",
+            pretrained="none",
+            size=64,
+            crop=64,
+            train_crops=1,
+            val_crops=2,
+            test_crops=2,
+            epochs=4,
+            batch_size=8,
+            lr=1e-3,
+            head_lr_ratio=1.0,
+            weight_decay=0.01,
+            patience=0,
+            amp="off",
+            device="cpu",
+            group_duplicates=False,
+            start_at_mean=True,
+            loss="smooth_l1",
+            checkpoint_minutes=0,
+            threads=1,
+            baseline=False,
+        )
+        | more
+    )
 
 
 def study(root, out, seeds="0,1", workers=2, log=None, env=None):
     """The command of a batch: two arms, some seeds, two workers."""
-    words = ["run", "study", f"control={json.dumps(recipe(root))}", 'arms={"l2": {"loss": "l2"}}', f"seeds={seeds}", f"workers={workers}", f"out={out}",
-             "batch=study"]
-    return subprocess.Popen([*CLI, *words], env=OWN | (env or {}), stdout=log or subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    words = [
+        "run",
+        "study",
+        f"control={json.dumps(recipe(root))}",
+        'arms={"l2": {"loss": "l2"}}',
+        f"seeds={seeds}",
+        f"workers={workers}",
+        f"out={out}",
+        "batch=study",
+    ]
+    return subprocess.Popen(
+        [*CLI, *words], env=OWN | (env or {}), stdout=log or subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
 
 
 def results(out):
@@ -61,12 +103,22 @@ def results(out):
     found = {}
     for name, folder in runs.items():
         record = json.loads((folder / "record.json").read_text())
-        history = pd.read_json(folder / "metrics.jsonl", lines=True) if (folder / "metrics.jsonl").exists() else pd.DataFrame()
+        history = (
+            pd.read_json(folder / "metrics.jsonl", lines=True)
+            if (folder / "metrics.jsonl").exists()
+            else pd.DataFrame()
+        )
         table = (folder / "predictions.csv").read_text() if (folder / "predictions.csv").exists() else ""
-        for part in record.get("parts", {}).values():  # of the predictions, which are compared too; four parameters through 8 pictures are not one curve
+        for part in record.get(
+            "parts", {}
+        ).values():  # of the predictions, which are compared too; four parameters through 8 pictures are not one curve
             for k in ("plcc_fitted", "rmse_fitted", "fit"):
                 part.pop(k, None)
-        found[name] = ({k: v for k, v in record.items() if k != "seconds"}, history.drop(columns=["seconds", "val_seconds"], errors="ignore").to_csv(), table)
+        found[name] = (
+            {k: v for k, v in record.items() if k != "seconds"},
+            history.drop(columns=["seconds", "val_seconds"], errors="ignore").to_csv(),
+            table,
+        )
     return found
 
 
@@ -81,7 +133,11 @@ def undisturbed(standin, tmp_path_factory):
 def check(out, expected):
     assert results(out) == expected
     # (a kernel that finished as its parent died leaves its last progress.json, which nobody reads)
-    left = [str(p.relative_to(out)) for p in Path(out).rglob("*") if p.name.endswith(".tmp") or p.name in ("failure.json", "resume.pt")]
+    left = [
+        str(p.relative_to(out))
+        for p in Path(out).rglob("*")
+        if p.name.endswith(".tmp") or p.name in ("failure.json", "resume.pt")
+    ]
     assert not left and not any(is_held(f) for f in Path(out).glob("study/*"))
 
 
@@ -112,7 +168,9 @@ def gone(pids, within=20):
     """Wait until processes have ended: nothing may outlive its parent for long."""
     until = time.monotonic() + within
     while alive := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < until, f"processes outlive their parent: {[psutil.Process(p).cmdline() for p in alive]}"
+        assert time.monotonic() < until, (
+            f"processes outlive their parent: {[psutil.Process(p).cmdline() for p in alive]}"
+        )
         time.sleep(0.2)
 
 
@@ -137,7 +195,12 @@ def chaos(root, out, seed, kills, log):
         if not kill(rng.choice(there[kind])):
             continue  # it has ended by itself
         kills, hit = kills - 1, hit + 1
-        print(f"{time.strftime('%X')} kill -9 of a {kind}; {[f.name for f in Path(out).glob('study/*') if is_finished(f)]} were finished", file=log, flush=True)
+        print(
+            f"{time.strftime('%X')} kill -9 of a {kind};"
+            f" {[f.name for f in Path(out).glob('study/*') if is_finished(f)]} were finished",
+            file=log,
+            flush=True,
+        )
         if kind == "driver":
             driver.wait()
             gone(everybody)
@@ -156,7 +219,9 @@ def test_random_kills(standin, tmp_path, undisturbed, seed):
 
 @contextmanager
 def dask(*words):
-    p = subprocess.Popen([sys.executable, "-m", "dask", *map(str, words)], env=OWN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(
+        [sys.executable, "-m", "dask", *map(str, words)], env=OWN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         yield p
     finally:
@@ -174,10 +239,13 @@ def until_true(condition, within=120):
 
 
 def test_scheduler_killed_and_workers_late(standin, tmp_path, undisturbed):
-    """A scheduler of its own: workers join after the batch has begun; it is killed, started anew, and the same command goes on."""
+    """A scheduler of its own: workers join after the batch has begun; it is killed, started anew, and the same
+    command goes on."""
     file, out = tmp_path / "scheduler.json", tmp_path / "out"
     with open(tmp_path / "log.txt", "w+") as log:
-        with dask("scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", file) as scheduler:
+        with dask(
+            "scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", file
+        ) as scheduler:
             until_true(file.exists)
             driver = study(standin, out, workers=file, log=log)
             time.sleep(8)
@@ -192,8 +260,10 @@ def test_scheduler_killed_and_workers_late(standin, tmp_path, undisturbed):
         with dask("scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", file):
             until_true(file.exists)
             driver = study(standin, out, workers=file, log=log)
-            with dask("worker", "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--scheduler-file", file), \
-                 dask("worker", "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--scheduler-file", file):
+            with (
+                dask("worker", "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--scheduler-file", file),
+                dask("worker", "--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--scheduler-file", file),
+            ):
                 assert driver.wait(timeout=300) == 0
     check(out, undisturbed)
 
@@ -222,17 +292,26 @@ def small_notebook(path, *cells):
 def test_every_run_starts_once(tmp_path):
     """Three drivers want the same six runs: each is executed by one of them."""
     diary = tmp_path / "diary"
-    nb = small_notebook(tmp_path / "n.ipynb", "n = 0\nfolder = None", f"import time\nwith open({str(diary)!r}, 'a') as f: f.write(f'{{n}}\\n')\ntime.sleep(1)",
-                        "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
-    code = f"from smart_iqa.lab.workers import *\nprint(len(finish({{n: Job({nb!r}, dict(n=n)) for n in range(6)}}, {str(tmp_path / 'out')!r})))"
-    drivers = [subprocess.Popen([sys.executable, "-c", code], env=OWN, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    nb = small_notebook(
+        tmp_path / "n.ipynb",
+        "n = 0\nfolder = None",
+        f"import time\nwith open({str(diary)!r}, 'a') as f: f.write(f'{{n}}\\n')\ntime.sleep(1)",
+        "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')",
+    )
+    jobs = f"{{n: Job({nb!r}, dict(n=n)) for n in range(6)}}"
+    code = f"from smart_iqa.lab.workers import *\nprint(len(finish({jobs}, {str(tmp_path / 'out')!r})))"
+    drivers = [
+        subprocess.Popen([sys.executable, "-c", code], env=OWN, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     assert [p.communicate(timeout=300)[0].strip() for p in drivers] == ["6"] * 3
     assert sorted(diary.read_text().split()) == list("012345")
 
 
 def test_stale_locks(tmp_path):
     """Lock files that a dead process left hold nothing, whatever stands in them."""
-    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    nb = small_notebook(
+        tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')"
+    )
     folder = planned_folder(nb, {}, tmp_path)
     folder.mkdir(parents=True)
     for name in (RUN_LOCK, KERNEL_LOCK):
@@ -240,13 +319,20 @@ def test_stale_locks(tmp_path):
     (folder / "failure.json").write_text("{")  # torn
     (folder / ".record.json.123.tmp").write_text("{")
     assert run_state(folder)["state"] == "waiting"
-    assert execute(nb, {}, tmp_path, echo=None) == folder and not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+    assert (
+        execute(nb, {}, tmp_path, echo=None) == folder
+        and not list(folder.glob("*.tmp"))
+        and not list(folder.glob(".*.tmp"))
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
-    """Lustre without its option flock answers ENOSYS, others other numbers: an error with the mend, and no lock that a killed process would leave behind."""
-    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    """Lustre without its option flock answers ENOSYS, others other numbers: an error with the mend, and no lock
+    that a killed process would leave behind."""
+    nb = small_notebook(
+        tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')"
+    )
     fcntl = pytest.importorskip("fcntl")
 
     def flock(fd, how):
@@ -267,11 +353,16 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
 
 
 def test_who_looks_on_shows_the_present_and_hides_nothing(tmp_path):
-    """Progress that a killed attempt left is not told again; a journal that cannot be read does not take the place of the run's own error."""
-    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "import time\ntime.sleep(2.5)\nraise KeyError('the reason')")
+    """Progress that a killed attempt left is not told again; a journal that cannot be read does not take the
+    place of the run's own error."""
+    nb = small_notebook(
+        tmp_path / "n.ipynb", "folder = None", "import time\ntime.sleep(2.5)\nraise KeyError('the reason')"
+    )
     folder, said = planned_folder(nb, {}, tmp_path), []
     folder.mkdir(parents=True)
-    (folder / "progress.json").write_text(json.dumps(dict(what="scoring test", done=90, total=100, seconds=900.0, initial=0)))
+    (folder / "progress.json").write_text(
+        json.dumps(dict(what="scoring test", done=90, total=100, seconds=900.0, initial=0))
+    )
     (folder / "metrics.jsonl").write_text('{"epoch": 1\n{"epoch": 2}\n')
     with pytest.raises(RunError, match="the reason"):
         execute(nb, {}, tmp_path, echo=said.append)
@@ -286,7 +377,10 @@ def test_every_change_of_the_environment_is_told(tmp_path):
     for now in (first, second, second | dict(threads=2), second | dict(threads=2), first):
         _write_environment(tmp_path, now)
     told = json.loads((tmp_path / "environment.json").read_text())
-    assert told["resumed"] == [dict(commit="b"), dict(threads=2), first] and {k: last_environment(told)[k] for k in first} == first
+    assert (
+        told["resumed"] == [dict(commit="b"), dict(threads=2), first]
+        and {k: last_environment(told)[k] for k in first} == first
+    )
 
 
 def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
@@ -294,13 +388,21 @@ def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
     given = recipe(standin, epochs=1, seed=0)
     arms = {"control": {}, "explodes": dict(lr=1e30, clip=0.0, schedule="constant"), "l2": dict(loss="l2")}
     common = {k: v for k, v in given.items() if k != "seed"}
-    sweep = run_study(Study("sweep", arms=dict(demo=arms)), "demo", recipe=common, out=tmp_path, batch="sweep", workers=2)
-    assert sorted(sweep.runs) == [("control", 0), ("control", 1), ("l2", 0), ("l2", 1)] and list(sweep.missing) == ["explodes"]
+    sweep = run_study(
+        Study("sweep", arms=dict(demo=arms)), "demo", recipe=common, out=tmp_path, batch="sweep", workers=2
+    )
+    assert sorted(sweep.runs) == [("control", 0), ("control", 1), ("l2", 0), ("l2", 1)] and list(sweep.missing) == [
+        "explodes"
+    ]
     assert re.search(r"diverged: .*epoch 1.*lr \(now 1e\+30", sweep.missing["explodes"])
     log = list_runs(tmp_path, "state == 'failed'", every=True)
     assert len(log) and set(log.lr) == {1e30}
     failed = json.loads((tmp_path / "sweep" / log.run[0] / "failure.json").read_text())
-    assert failed["kind"] == "Diverged" and "epoch 1" in failed["reason"] and (tmp_path / "sweep" / log.run[0] / failed["configuration"]).exists()
+    assert (
+        failed["kind"] == "Diverged"
+        and "epoch 1" in failed["reason"]
+        and (tmp_path / "sweep" / log.run[0] / failed["configuration"]).exists()
+    )
 
 
 @pytest.fixture
@@ -308,15 +410,24 @@ def small_disk(tmp_path):
     """A disk of its own size, and a function that changes it."""
     where = tmp_path / "disk"
     where.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(where)], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(where)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a small disk needs root")
-    def remount(how): subprocess.run(["mount", "-o", f"remount,{how}", str(where)], check=True)
+
+    def remount(how):
+        subprocess.run(["mount", "-o", f"remount,{how}", str(where)], check=True)
+
     yield where, remount
     subprocess.run(["umount", "-l", str(where)], check=True)
 
 
 def test_disk_full_and_read_only(standin, tmp_path, small_disk, undisturbed):
-    """A full disk is an error that says so, leaves no half file, and the same call goes on when there is room; a disk that may only be read is another."""
+    """A full disk is an error that says so, leaves no half file, and the same call goes on when there is room; a
+    disk that may only be read is another."""
     disk, remount = small_disk
     jobs = {s: Job("train", recipe(standin, open_test=False, seed=s), f"control-s{s}") for s in (0, 1)}
     with pytest.raises(RunError, match=r"(?i)no space left on device"):
@@ -334,8 +445,17 @@ def test_disk_full_and_read_only(standin, tmp_path, small_disk, undisturbed):
         finish({0: Job("train", recipe(standin, seed=9))}, disk, "study")
 
 
-FAKETIME = next((p for p in (Path("/usr/lib", *there, "faketime", "libfaketimeMT.so.1") for there in (["x86_64-linux-gnu"], ["aarch64-linux-gnu"], []))
-                 if p.exists()), None)
+FAKETIME = next(
+    (
+        p
+        for p in (
+            Path("/usr/lib", *there, "faketime", "libfaketimeMT.so.1")
+            for there in (["x86_64-linux-gnu"], ["aarch64-linux-gnu"], [])
+        )
+        if p.exists()
+    ),
+    None,
+)
 
 
 def jumping(clock, process, every):
@@ -354,9 +474,17 @@ def false_clock(clock):
     clock.write_text("+0")
     site = clock.with_name("site")
     site.mkdir()  # libfaketime 0.9.10 breaks clock_nanosleep (EINVAL) where the monotonic clock is left alone
-    (site / "sitecustomize.py").write_text("import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None")
-    return dict(PYTHONPATH=os.pathsep.join([str(site), OWN["PYTHONPATH"]]), LD_PRELOAD=str(FAKETIME), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1",
-                DONT_FAKE_MONOTONIC="1", FAKETIME_DONT_FAKE_MONOTONIC="1")
+    (site / "sitecustomize.py").write_text(
+        "import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None"
+    )
+    return dict(
+        PYTHONPATH=os.pathsep.join([str(site), OWN["PYTHONPATH"]]),
+        LD_PRELOAD=str(FAKETIME),
+        FAKETIME_TIMESTAMP_FILE=str(clock),
+        FAKETIME_NO_CACHE="1",
+        DONT_FAKE_MONOTONIC="1",
+        FAKETIME_DONT_FAKE_MONOTONIC="1",
+    )
 
 
 needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (Debian: faketime)")
@@ -364,13 +492,14 @@ needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime 
 
 @needs_faketime
 def test_a_clock_that_jumps(standin, tmp_path, undisturbed):
-    """Days forwards and backwards while a run trains: resume points go on, times stay sane, and the numbers are those of an undisturbed run."""
+    """Days forwards and backwards while a run trains: resume points go on, times stay sane, and the numbers are
+    those of an undisturbed run."""
     clock, out = tmp_path / "clock", tmp_path / "out"
     given = recipe(standin, open_test=False, seed=0)
     words = [f"{k}={v}" for k, v in given.items()] + [f"out={out}", "batch=study", "name=control-s0"]
     trained = subprocess.Popen([sys.executable, "-m", "smart_iqa.lab.runs", *words], env=OWN | false_clock(clock))
     assert jumping(clock, trained, 0.3) > 5 and trained.returncode == 0
-    journal, = out.glob("study/*/metrics.jsonl")
+    (journal,) = out.glob("study/*/metrics.jsonl")
     assert pd.read_json(journal, lines=True).seconds.between(0, 600).all() and (journal.parent / "resume.pt").exists()
     finish({0: Job("train", given, "control-s0")}, out, "study")
     assert results(out) == {k: v for k, v in undisturbed.items() if k.startswith("control-s0")}
@@ -387,16 +516,26 @@ def test_a_whole_batch_under_a_clock_that_jumps(standin, tmp_path, undisturbed):
 
 
 def test_by_hand_nothing_is_opened_where_somebody_works(standin, tmp_path):
-    """A launcher works there; or a kernel whose launcher died; or the run was finished just now. Locks taken before the error are released."""
+    """A launcher works there; or a kernel whose launcher died; or the run was finished just now. Locks taken
+    before the error are released."""
     from smart_iqa.data import load_set
     from smart_iqa.lab import runs as records
 
     cfg = make_config(**recipe(standin, seed=0))
     found, run = load_set(cfg), tmp_path / "run"
     run.mkdir()
-    hold = "import sys; from smart_iqa.lab.runs import hold_here; hold_here(sys.argv[1], sys.argv[2]); print('here', flush=True); sys.stdin.read()"
+    hold = (
+        "import sys; from smart_iqa.lab.runs import hold_here; hold_here(sys.argv[1], sys.argv[2]);"
+        " print('here', flush=True); sys.stdin.read()"
+    )
     for name in (RUN_LOCK, KERNEL_LOCK):
-        other = subprocess.Popen([sys.executable, "-c", hold, str(run), name], env=OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        other = subprocess.Popen(
+            [sys.executable, "-c", hold, str(run), name],
+            env=OWN,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert other.stdout.readline() == "here\n"
         with pytest.raises(Busy):
             records.open_run(run, cfg, found)
@@ -417,7 +556,8 @@ def test_a_batch_folder_behind_a_link(standin, tmp_path):
 
 
 def test_a_notebook_gone_through_by_hand_holds_its_folder(standin, tmp_path):
-    """Without a launcher, open_run holds the folder as long as the kernel lives; and where somebody works already, it says so."""
+    """Without a launcher, open_run holds the folder as long as the kernel lives; and where somebody works
+    already, it says so."""
     given = recipe(standin, seed=0)
     folder = planned_folder("train", given, tmp_path)
     by_hand = f"""
@@ -430,11 +570,15 @@ cfg = make_config(profile="demo", **{given!r})
 open_run(Path({str(folder)!r}), cfg, load_set(cfg))
 print("open", flush=True)
 sys.stdin.read()"""
-    kernel = subprocess.Popen([sys.executable, "-c", by_hand], env=OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    kernel = subprocess.Popen(
+        [sys.executable, "-c", by_hand], env=OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert kernel.stdout.readline() == "open\n"
     with pytest.raises(Busy):
         execute("train", given, tmp_path, echo=None, wait=False)
-    second = subprocess.run([sys.executable, "-c", by_hand], env=OWN, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    second = subprocess.run(
+        [sys.executable, "-c", by_hand], env=OWN, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+    )
     assert second.returncode and "another process works here" in second.stderr
     kernel.kill()
     kernel.wait()
@@ -444,18 +588,24 @@ sys.stdin.read()"""
 @pytest.mark.parametrize("other", ["smart_iqa", "torch", "n.ipynb"])
 def test_workers_of_another_version(other, tmp_path, monkeypatch):
     """A worker that would compute with other code, other packages or another notebook refuses."""
-    nb = small_notebook(tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    nb = small_notebook(
+        tmp_path / "n.ipynb", "folder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')"
+    )
     here = workers._versions(nb)
     assert other in here
     monkeypatch.setattr(workers, "_versions", lambda notebook: here | {other: "another"})
     with connect(1) as client:
-        (_, ended), = run_jobs([Job(nb, {})], tmp_path, client=client)
+        ((_, ended),) = run_jobs([Job(nb, {})], tmp_path, client=client)
     assert isinstance(ended, RunError) and f"another version of {other} than the driver" in str(ended)
 
 
 def test_a_relative_root_is_found_again(tmp_path, monkeypatch):
     """Runs are made and read under one name, whatever directory `root` is told from."""
-    nb = small_notebook(tmp_path / "n.ipynb", "root = None\nfolder = None", "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')")
+    nb = small_notebook(
+        tmp_path / "n.ipynb",
+        "root = None\nfolder = None",
+        "from pathlib import Path\nPath(folder, 'record.json').write_text('{}')",
+    )
     (tmp_path / "pics").mkdir()
     monkeypatch.chdir(tmp_path)
     assert list(finish({0: Job(nb, dict(root="pics"))}, tmp_path)) == [0]
@@ -463,10 +613,14 @@ def test_a_relative_root_is_found_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, finished", [("Diverged", [0, 2, 3]), ("KeyError", [0])])
 def test_the_rest_goes_on_after_what_concerns_one_run_alone(kind, finished, tmp_path):
-    """In a study as in a sweep: after a diverged run all others are made, and the error comes then; another error stops what was not begun."""
-    nb = small_notebook(tmp_path / "n.ipynb", "n = None\nfolder = None",
-                        f"from pathlib import Path\nif n == 1:\n    raise type({kind!r}, (Exception,), {{}})('x')\n"
-                        "Path(folder, 'record.json').write_text('{}')")
+    """In a study as in a sweep: after a diverged run all others are made, and the error comes then; another error
+    stops what was not begun."""
+    nb = small_notebook(
+        tmp_path / "n.ipynb",
+        "n = None\nfolder = None",
+        f"from pathlib import Path\nif n == 1:\n    raise type({kind!r}, (Exception,), {{}})('x')\n"
+        "Path(folder, 'record.json').write_text('{}')",
+    )
     jobs = {n: Job(nb, dict(n=n)) for n in range(4)}
     with pytest.raises(RunError) as told:
         finish(jobs, tmp_path)
@@ -479,7 +633,9 @@ def test_what_a_worker_cannot_do_is_not_called_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_versions", lambda notebook: {})
     said = []
     with connect(1) as client:
-        (_, ended), = run_jobs([Job(str(Path(nb).with_name("none.ipynb")), {})], tmp_path, client=client, echo=said.append)
+        ((_, ended),) = run_jobs(
+            [Job(str(Path(nb).with_name("none.ipynb")), {})], tmp_path, client=client, echo=said.append
+        )
     assert ended.kind == "ValueError" and "none.ipynb" in str(ended) and not said
 
 
@@ -487,18 +643,24 @@ def test_what_killed_a_run_is_asked_again(tmp_path, monkeypatch):
     """A dead kernel: three attempts; an error of the run itself is final."""
     for kind, times in (("DeadKernelError", 3), ("Diverged", 1)):
         asked = []
-        monkeypatch.setattr(workers, "_work", lambda job, *a, kind=kind, asked=asked: asked.append(job) or ("failed", ("no", kind, "")))
+        monkeypatch.setattr(
+            workers, "_work", lambda job, *a, kind=kind, asked=asked: asked.append(job) or ("failed", ("no", kind, ""))
+        )
         monkeypatch.setattr(workers.time, "sleep", lambda s: None)
-        (_, ended), = run_jobs([Job("train", {})], tmp_path)
+        ((_, ended),) = run_jobs([Job("train", {})], tmp_path)
         assert ended.kind == kind and len(asked) == times
 
 
 def test_a_watch_ends_with_its_reader(standin, tmp_path):
     """`smart-iqa runs --watch | head -1`, and options that it does not know."""
     execute("train", recipe(standin, epochs=1, open_test=False), tmp_path, echo=None)
-    watch = subprocess.Popen([*CLI, "runs", "--watch", "--out", str(tmp_path)], env=OWN, stdout=subprocess.PIPE, text=True)
+    watch = subprocess.Popen(
+        [*CLI, "runs", "--watch", "--out", str(tmp_path)], env=OWN, stdout=subprocess.PIPE, text=True
+    )
     assert "1 finished" in watch.stdout.readline()
     watch.stdout.close()
     assert watch.wait(timeout=60) == 0
-    done = subprocess.run([*CLI, "runs", "--watch", "--where", "seed == 0"], env=OWN, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*CLI, "runs", "--watch", "--where", "seed == 0"], env=OWN, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and "--where" in done.stderr

@@ -1,4 +1,6 @@
-"""The command line as a whole: help with an example per command, errors with the nearest word, exit codes, no wait for torch."""
+"""The command line as a whole: help with an example per command, errors with the nearest word, exit codes, no wait
+for torch."""
+
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ SLOW = "{'torch', 'numpy', 'pandas', 'scipy', 'matplotlib', 'papermill'}"
 @pytest.fixture
 def run(capsys):
     """Run the command in this process: exit code, stdout, stderr."""
+
     def command(*words):
         capsys.readouterr()
         try:
@@ -21,6 +24,7 @@ def run(capsys):
             code = e.code
         printed = capsys.readouterr()
         return code, printed.out, printed.err
+
     return command
 
 
@@ -53,7 +57,11 @@ print({SLOW} & set(sys.modules), code)
 
 def test_help_takes_little_time():
     """0.2 s of processor time on the machine where this was written; a machine that is busy or slow is given more."""
-    code = "import time; from smart_iqa.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(time.process_time())"
+    code = (
+        "import time; from smart_iqa.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(time.process_time())"
+    )
     seconds = []
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -61,11 +69,17 @@ def test_help_takes_little_time():
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("words, part", [(("demo", "--sede", "1"), "--seed"), (("score", "x.jpg", "--sort", "scores"), "did you mean score?"),
-                                         (("score", "x.jpg", "--fast", "--crops", "3"), "--fast"),
-                                         (("data", "prepare", "csv", "x", "--on-error", "skipp"), "did you mean skip?"),
-                                         (("data", "prepare", "csv", "x", "--size", "0"), "choose a whole number, above 0"),
-                                         (("data", "split", "csv", "x"), "--to")])
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (("demo", "--sede", "1"), "--seed"),
+        (("score", "x.jpg", "--sort", "scores"), "did you mean score?"),
+        (("score", "x.jpg", "--fast", "--crops", "3"), "--fast"),
+        (("data", "prepare", "csv", "x", "--on-error", "skipp"), "did you mean skip?"),
+        (("data", "prepare", "csv", "x", "--size", "0"), "choose a whole number, above 0"),
+        (("data", "split", "csv", "x"), "--to"),
+    ],
+)
 def test_words_that_are_not_understood(run, words, part):
     code, out, err = run(*words)
     assert code == 2
@@ -82,11 +96,18 @@ def test_unknown_experiment_and_parameter(run):
     assert (code, err) == (1, "smart-iqa: epochs='many': choose a whole number, above 0\n")
 
 
-@pytest.mark.parametrize("words", [["--root", "a b/c_d", "--loss", "smooth_l1", "--frozen", "true", "--score-range", "0,1", "--lr", "1e-3"],
-                                   ["--root=a b/c_d", "--loss=smooth_l1", "--frozen=true", "--score_range=0,1", "--lr=1e-3"],
-                                   ["root=a b/c_d", "loss=smooth_l1", "frozen=true", "score_range=0,1", "lr=1e-3"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--root", "a b/c_d", "--loss", "smooth_l1", "--frozen", "true", "--score-range", "0,1", "--lr", "1e-3"],
+        ["--root=a b/c_d", "--loss=smooth_l1", "--frozen=true", "--score_range=0,1", "--lr=1e-3"],
+        ["root=a b/c_d", "loss=smooth_l1", "frozen=true", "score_range=0,1", "lr=1e-3"],
+    ],
+)
 def test_parameters_of_runs(words):
     """Options of the command may stand among them, and no value is changed on its way."""
     command = read_words(["run", "train", *words[:2], "--batch", "mine_too", *words[2:]])
     assert command.batch == "mine_too"
-    assert parse_parameters(command.words) == dict(root="a b/c_d", loss="smooth_l1", frozen=True, score_range="0,1", lr=1e-3)
+    assert parse_parameters(command.words) == dict(
+        root="a b/c_d", loss="smooth_l1", frozen=True, score_range="0,1", lr=1e-3
+    )

@@ -1,4 +1,6 @@
-"""Sweeps and the paper's batch with real runs: what is missing runs, what stands is skipped, and every number comes from a record."""
+"""Sweeps and the paper's batch with real runs: what is missing runs, what stands is skipped, and every number comes
+from a record."""
+
 import io
 import json
 import shutil
@@ -20,7 +22,20 @@ from smart_iqa.lab.runs import RunError, compare_runs, list_runs, parameters_of,
 from smart_iqa.lab.studies import Study, pick_studies, run_study
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
-TINY = dict(limit=24, epochs=1, batch_size=8, crop=64, size=64, train_crops=1, val_crops=1, test_crops=1, pretrained="none", amp="off", threads=1, frozen=False)
+TINY = dict(
+    limit=24,
+    epochs=1,
+    batch_size=8,
+    crop=64,
+    size=64,
+    train_crops=1,
+    val_crops=1,
+    test_crops=1,
+    pretrained="none",
+    amp="off",
+    threads=1,
+    frozen=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +46,21 @@ def batch(tmp_path_factory):
 
 
 EXPLODES = dict(lr=1e30, clip=0.0, schedule="constant", warmup=0.0)
-ARMS = {"l1": dict(loss="l1"), "l2": dict(loss="l2"), "no weights": dict(method="hyperiqa", pretrained="wheel"), "diverges": EXPLODES, "large": "needs a GPU"}
+ARMS = {
+    "l1": dict(loss="l1"),
+    "l2": dict(loss="l2"),
+    "no weights": dict(method="hyperiqa", pretrained="wheel"),
+    "diverges": EXPLODES,
+    "large": "needs a GPU",
+}
 
 
 def sweep(batch, arms=ARMS, **kw):
     out, given = batch
     study = Study("sweep", arms=dict(demo=arms), title="Losses")
-    return run_study(study, "demo", recipe=given["recipe"], seeds="0", cache=given["cache"], out=out, batch="sweep", **kw)
+    return run_study(
+        study, "demo", recipe=given["recipe"], seeds="0", cache=given["cache"], out=out, batch="sweep", **kw
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +76,11 @@ def test_what_cannot_run_is_a_row_with_its_reason(first):
     table = arm_table(first)
     assert table.set_index("arm").seeds.to_dict() == {"l1": 1, "l2": 1, "no weights": 0, "diverges": 0, "large": 0}
     shown = readable(table).set_index("arm").SRCC
-    assert shown["large"] == "not run: needs a GPU" and "weights are not on this machine" in shown["no weights"] and "diverged" in shown["diverges"]
+    assert (
+        shown["large"] == "not run: needs a GPU"
+        and "weights are not on this machine" in shown["no weights"]
+        and "diverged" in shown["diverges"]
+    )
     assert DEMO_NOTE in caption_of(first) and "n = 24" in caption_of(first)
 
 
@@ -96,8 +123,15 @@ def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
     finally:
         (folder / "record.json").write_text(kept)
     plain = arm_table(first)
-    assert np.isclose(changed.srcc[0] - plain.srcc[0], 0.1) and "their predictions give" in changed.remark[0] and not plain.remark.any()
-    dots = [[line.get_xdata()[0] for line in arms_figure(t).axes[0].lines if line.get_marker() == "o"] for t in (plain, changed)]
+    assert (
+        np.isclose(changed.srcc[0] - plain.srcc[0], 0.1)
+        and "their predictions give" in changed.remark[0]
+        and not plain.remark.any()
+    )
+    dots = [
+        [line.get_xdata()[0] for line in arms_figure(t).axes[0].lines if line.get_marker() == "o"]
+        for t in (plain, changed)
+    ]
     assert dots[0][-1] != dots[1][-1] and dots[0][:-1] == dots[1][:-1]
 
 
@@ -105,7 +139,9 @@ def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
 def report(batch):
     out, given = batch
     said = []
-    folder, failed = run_paper("demo", out, only="ranking,architecture", seeds="0", echo=said.append, workers=2, **given)  # below without
+    folder, failed = run_paper(
+        "demo", out, only="ranking,architecture", seeds="0", echo=said.append, workers=2, **given
+    )  # below without
     return folder, failed, [s for s in said if ":" in s]
 
 
@@ -123,7 +159,8 @@ def test_report_gathers_everything(report, batch):
 
 
 def test_paper_again_changes_nothing_and_a_deleted_run_comes_back(report, batch):
-    """Second start: experiments stand. A run's folder deleted: that one reruns, its experiment is made again, the table is the same."""
+    """Second start: experiments stand. A run's folder deleted: that one reruns, its experiment is made again, the
+    table is the same."""
     out, given = batch
     folder = report[0]
     csv = (folder / "tables" / "ranking.csv").read_text()
@@ -132,7 +169,11 @@ def test_paper_again_changes_nothing_and_a_deleted_run_comes_back(report, batch)
     assert all("stands as it is" in s for s in said)
     after = times(out, "paper-demo")
     assert {k for k in before if after[k] != before[k]} == {folder.name}
-    victim = next(p for p in (out / "paper-demo").glob("demo-lite-*") if json.loads((p / "config.json").read_text())["alpha"] == 0.5)
+    victim = next(
+        p
+        for p in (out / "paper-demo").glob("demo-lite-*")
+        if json.loads((p / "config.json").read_text())["alpha"] == 0.5
+    )
     shutil.rmtree(victim)
     experiment = next((out / "paper-demo").glob("ranking-*"))
     assert not is_current(experiment)
@@ -140,15 +181,32 @@ def test_paper_again_changes_nothing_and_a_deleted_run_comes_back(report, batch)
     last = times(out, "paper-demo")
     assert {k for k in after if last[k] != after[k]} == {folder.name, experiment.name, victim.name}
     drop = dict(columns="seconds")
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "tables" / "ranking.csv").drop(**drop), pd.read_csv(io.StringIO(csv)).drop(**drop))
+    pd.testing.assert_frame_equal(
+        pd.read_csv(folder / "tables" / "ranking.csv").drop(**drop), pd.read_csv(io.StringIO(csv)).drop(**drop)
+    )
 
 
 def test_a_failed_experiment_does_not_stop_the_others(batch, tmp_path):
-    """losses cannot run with an unknown schedule; architecture needs no pictures. The command says which failed, in the report too."""
+    """losses cannot run with an unknown schedule; architecture needs no pictures. The command says which failed,
+    in the report too."""
     recipe = json.dumps(TINY | dict(schedule="none"))
-    words = ["--only", "losses,architecture,attention", "--recipe", recipe, "--cache", batch[1]["cache"], "--out", str(tmp_path)]
+    words = [
+        "--only",
+        "losses,architecture,attention",
+        "--recipe",
+        recipe,
+        "--cache",
+        batch[1]["cache"],
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run([*COMMAND, "paper", *words], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1 and "losses failed" in done.stderr and "schedule" in done.stderr and "needs the runs of main" in done.stderr
+    assert (
+        done.returncode == 1
+        and "losses failed" in done.stderr
+        and "schedule" in done.stderr
+        and "needs the runs of main" in done.stderr
+    )
     record = json.loads(next(tmp_path.glob("paper-demo/report-*/record.json")).read_text())
     assert set(record["failed"]) == {"losses", "attention"} and any("architecture" in f for f in record["files"])
 
@@ -161,15 +219,22 @@ def test_parameters_of_every_experiment_fit():
             if step.takes == "runs":
                 assert {"runs", "root", "cache"} <= set(parameters_of(step.notebook))
             elif (step.takes, profile) != ("domains", "paper"):
-                assert set(parameters_for(step, profile, Path("."), "b", common)) <= set(parameters_of(step.notebook)), step
+                assert set(parameters_for(step, profile, Path("."), "b", common)) <= set(
+                    parameters_of(step.notebook)
+                ), step
 
 
 def test_cli_says_what_is_wrong(tmp_path):
     def said(*words):
-        done = subprocess.run([*COMMAND, "paper", *words, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*COMMAND, "paper", *words, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120
+        )
         return done.returncode, done.stderr + done.stdout
 
-    assert said("--profile", "lite") == (1, "smart-iqa: --profile lite needs --root: the folder of BIQ2021, or of another set named in --recipe\n")
+    assert said("--profile", "lite") == (
+        1,
+        "smart-iqa: --profile lite needs --root: the folder of BIQ2021, or of another set named in --recipe\n",
+    )
     assert "no such folder" in said("--profile", "lite", "--root", str(tmp_path / "x"))[1]
     code, text = said("--only", "loses")
     assert code == 1 and "did you mean losses" in text
@@ -181,32 +246,64 @@ def test_the_log(first, batch):
     """Filtered, compared, written; the command prints what the frame holds."""
     out = batch[0]
     frame = list_runs(out, "loss == 'l2'")
-    assert len(frame) == 1 and set(frame.columns) >= {"started", "commit", "machine", "seconds", "stopped", "val_srcc"} and frame.started.notna().all()
+    assert (
+        len(frame) == 1
+        and set(frame.columns) >= {"started", "commit", "machine", "seconds", "stopped", "val_srcc"}
+        and frame.started.notna().all()
+    )
     names = ["sweep/" + Path(first.runs[a, 0]["folder"]).name for a in ("l1", "l2")]
     apart = compare_runs(names, out)
     assert "loss" in apart.index and "epochs" not in apart.index and "lr" not in apart.index
     csv = out / "log.csv"
-    words = ["--where", "loss == 'l1' and seed == 0", "--sort=-val_srcc", "--columns", "run,loss,seed,val_srcc", "--csv", str(csv)]
+    words = [
+        "--where",
+        "loss == 'l1' and seed == 0",
+        "--sort=-val_srcc",
+        "--columns",
+        "run,loss,seed,val_srcc",
+        "--csv",
+        str(csv),
+    ]
     done = subprocess.run([*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and Path(first.runs["l1", 0]["folder"]).name in done.stdout and "l2" not in done.stdout and len(pd.read_csv(csv)) >= 1
-    for words, told in ((["--where", "los == 1"], "columns:"), (["--columns", "lose"], "did you mean"), (["--compare", "nothing"], "fits 0 runs")):
-        done = subprocess.run([*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120)
+    assert (
+        done.returncode == 0
+        and Path(first.runs["l1", 0]["folder"]).name in done.stdout
+        and "l2" not in done.stdout
+        and len(pd.read_csv(csv)) >= 1
+    )
+    for words, told in (
+        (["--where", "los == 1"], "columns:"),
+        (["--columns", "lose"], "did you mean"),
+        (["--compare", "nothing"], "fits 0 runs"),
+    ):
+        done = subprocess.run(
+            [*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_unfinished_run_shows_its_state(first, batch):
     """The run that diverged and the one without weights, if its folder was opened, are in the log as what they are."""
     log = list_runs(batch[0], "batch == 'sweep'", every=True)
-    assert log.state[log.lr == EXPLODES["lr"]].tolist() == ["failed"] and (log.state[log.lr != EXPLODES["lr"]] == "finished").sum() == 2
+    assert (
+        log.state[log.lr == EXPLODES["lr"]].tolist() == ["failed"]
+        and (log.state[log.lr != EXPLODES["lr"]] == "finished").sum() == 2
+    )
 
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
     """`smart-iqa paper --profile demo` as the README has it."""
-    done = subprocess.run([*COMMAND, "paper", "--profile", "demo", "--out", str(tmp_path)], capture_output=True, text=True, timeout=4000)
+    done = subprocess.run(
+        [*COMMAND, "paper", "--profile", "demo", "--out", str(tmp_path)], capture_output=True, text=True, timeout=4000
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.glob("paper-demo/report-*/record.json")).read_text())
-    assert not record["failed"] and {f.split("/")[0] for f in record["files"]} == {"tables", "figures"} and len(record["inputs"]) == len(pick_studies())
+    assert (
+        not record["failed"]
+        and {f.split("/")[0] for f in record["files"]} == {"tables", "figures"}
+        and len(record["inputs"]) == len(pick_studies())
+    )
 
 
 def test_threads_of_one_batch_lose_nothing(tmp_path):

@@ -1,4 +1,5 @@
 """The table of studies: its rows fit the notebooks and the package, and what is listed is what is started."""
+
 import ast
 import json
 from dataclasses import replace
@@ -25,13 +26,37 @@ from smart_iqa.lab.studies import (
 
 ROWS = [s.name for s in STUDIES.values() if s.takes == "arms"]
 RECIPE = dict(
-    dataset="csv", labels="labels.csv", score_range="0,100", backbone="test_efficientnet", pretrained="none", size=64,
-    crop=64, train_crops=1, val_crops=2, test_crops=4, epochs=1, batch_size=8, group_duplicates=False, amp="off",
-    device="cpu", leaks="mark", baseline=False,
+    dataset="csv",
+    labels="labels.csv",
+    score_range="0,100",
+    backbone="test_efficientnet",
+    pretrained="none",
+    size=64,
+    crop=64,
+    train_crops=1,
+    val_crops=2,
+    test_crops=4,
+    epochs=1,
+    batch_size=8,
+    group_duplicates=False,
+    amp="off",
+    device="cpu",
+    leaks="mark",
+    baseline=False,
 )
 TINY = dict(
-    limit=24, epochs=1, batch_size=8, crop=64, size=64, train_crops=1, val_crops=1, test_crops=1, pretrained="none",
-    amp="off", threads=1, frozen=False,
+    limit=24,
+    epochs=1,
+    batch_size=8,
+    crop=64,
+    size=64,
+    train_crops=1,
+    val_crops=1,
+    test_crops=1,
+    pretrained="none",
+    amp="off",
+    threads=1,
+    frozen=False,
 )
 
 
@@ -87,7 +112,8 @@ def test_a_value_of_the_recipe_is_multiplied():
 
 
 def test_dynamics_shares_the_runs_of_others():
-    def parameters(name, profile): return [job.parameters for job in study_runs(name, profile)]
+    def parameters(name, profile):
+        return [job.parameters for job in study_runs(name, profile)]
 
     for profile in RECIPES:
         main, ablation = parameters("main", profile), parameters("ablation", profile)
@@ -160,7 +186,9 @@ def test_no_hidden_mode():
     """No module executes another's source, reads code by a pattern, or has a mode in which nothing is started."""
     for path in Path(smart_iqa.__file__).parent.rglob("*.py"):
         code = path.read_text(encoding="utf-8")
-        calls = {n.func.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        calls = {
+            n.func.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
         assert not calls & {"exec", "eval"}, path
         assert "ContextVar" not in code, path
 
