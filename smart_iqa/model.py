@@ -34,15 +34,14 @@ def _file_names(model: nn.Module, state: dict, prefix: str, metadata: dict):
 
 
 def _module_names(model: nn.Module, state: dict, prefix: str, *args):
-    "Put `head.` in front of what is not the backbone's, in place."
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}backbone.")]:
-        state[f"{prefix}head.{key.removeprefix(prefix)}"] = state.pop(key)
+    "Translate published names, and put `head.` in front of what is not the backbone's, in place."
+    for key in [k for k in state if k.startswith(prefix)]:
+        name, tensor = native_name(key.removeprefix(prefix)), state.pop(key)
+        state[f"{prefix}{'' if name.startswith('backbone.') else 'head.'}{name}"] = tensor
 
 # %% ../nbs/10_model.ipynb #020f5e87
 class _Model(nn.Module):
-    "What SmartIQA and HyperIQA share: a backbone, pooling and a head."
-
-    arguments: dict  # how to build it again: what a checkpoint stores
+    "What SmartIQA and HyperIQA share: a backbone, pooling, a head; `arguments` say how to build it again."
 
     def __init__(self, backbone: str, drop_path: float, head: type[Head], pretrained: str | bool,
                  freeze_batchnorm: bool, **arguments):  # of the head
@@ -78,25 +77,19 @@ class _Model(nn.Module):
         with torch.no_grad():
             self.head.last_bias.add_(by)
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        "Everything that is not the backbone."
+    def head_parameters(self) -> list[nn.Parameter]:  # everything that is not the backbone
         return list(self.head.parameters())
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.freeze_batchnorm:
-            for m in self.backbone.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    m.eval()
+        for m in self.backbone.modules() if self.freeze_batchnorm else ():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eval()
         return self
-
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        "As torch's; the key names of published checkpoints are understood too."
-        return super().load_state_dict({native_name(k): v for k, v in state_dict.items()}, strict, assign)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str = "cpu") -> "_Model":
-        "Load a trained model by packaged name, folder, file or hub id, in eval mode. CheckpointError for another class."
+        "Load a trained model as `load_checkpoint` does. CheckpointError where it is of another class."
         model = load_checkpoint(name, device)
         if not isinstance(model, cls):
             raise CheckpointError(f"{name}: holds a {type(model).__name__}, no {cls.__name__}")
@@ -113,7 +106,7 @@ DROPS = {"tiny": (0.2, 0.3), "small": (0.25, 0.35), "base": (0.3, 0.4), "lite": 
 
 
 class SmartIQA(_Model):
-    "SMART-IQA: Swin (or any timm pyramid), multi-scale features, gate, hyper network. Source: SMART-IQA paper and code."
+    "SMART-IQA: Swin (or any timm pyramid), multi-scale features, gate, hyper network (SMART-IQA paper and code)."
 
     def __init__(
         self,
@@ -129,7 +122,8 @@ class SmartIQA(_Model):
         **options,                     # of this head, e.g. rank of "projected"
     ):
         if backbone is None and model_size not in DROPS:
-            raise ValueError(f"model_size={model_size!r}: choose one of {', '.join(DROPS)}, or name a timm model as backbone")
+            raise ValueError(f"model_size={model_size!r}: choose one of {', '.join(DROPS)}, "
+                             f"or name a timm model as backbone")
         head_class = find_head(head)
         check_names(options, head_class.options, f"option of head {head!r}")
         usual = DROPS[model_size if backbone is None else "lite"]
@@ -229,8 +223,8 @@ def _read(path: Path) -> tuple[dict, dict]:
     except pickle.UnpicklingError as e:
         if "global" not in str(e).lower():      # damaged rather than dangerous
             raise CheckpointError(f"{path}: is neither safetensors nor a torch checkpoint (damaged?)") from None
-        raise CheckpointError(f"{path}: refused, because it holds more than tensors and could run code when loaded; save "
-                              f"its state_dict alone") from None
+        raise CheckpointError(f"{path}: refused, because it holds more than tensors and could run code when "
+                              f"loaded; save its state_dict alone") from None
     except Exception as e:
         raise CheckpointError(f"{path}: is neither safetensors nor a torch checkpoint ({type(e).__name__})") from None
     for wrapper in ("model_state_dict", "model_hyper", "state_dict"):
@@ -239,12 +233,12 @@ def _read(path: Path) -> tuple[dict, dict]:
         raise CheckpointError(f"{path}: holds no state dict (a mapping from names to tensors)")
     return found, {}
 
-
+# %% ../nbs/10_model.ipynb #2dc0f391
 PACKAGED = {"smart-lite": "smart-lite.safetensors"}  # models that come with this package, in its folder weights
 
 
 def find_checkpoint(
-    name: str | Path,  # a packaged model's name, a file, a folder (of a run, or of `save_pretrained`), or a hub id "owner/name"
+    name: str | Path,  # a packaged model, a file, a folder (a run's or of `save_pretrained`), or a hub id "owner/name"
 ) -> Path:
     "The file with a model's weights, downloaded where need be. WeightsError says what to do when there is none."
     path, name = Path(name), str(name)
@@ -253,7 +247,8 @@ def find_checkpoint(
     if path.is_dir():
         found = [path / f for f in ("model.safetensors", "checkpoint.safetensors") if (path / f).is_file()]
         if not found:
-            raise WeightsError(f"{path}: holds neither model.safetensors (of save_pretrained) nor checkpoint.safetensors (of a run)")
+            raise WeightsError(f"{path}: holds neither model.safetensors (of save_pretrained) nor checkpoint.safetensors "
+                               f"(of a run)")
         return found[0]
     if path.is_file() or path.suffix in (".safetensors", ".pkl", ".pth", ".pt"):
         return path  # whoever reads it says when it is missing
@@ -265,12 +260,12 @@ def find_checkpoint(
     try:
         return Path(hf_hub_download(name, "model.safetensors", local_files_only=not hub_answers()))
     except Exception as e:  # the client raises many kinds
-        raise WeightsError(f"{name}: is neither on this machine nor could it be downloaded from the Hugging Face hub ({type(e).__name__}): connect "
-                           f"once, or give a folder or file") from None
+        raise WeightsError(f"{name}: is neither on this machine nor could it be downloaded from the Hugging Face hub "
+                           f"({type(e).__name__}): connect once, or give a folder or file") from None
 
-
+# %% ../nbs/10_model.ipynb #30bfa10a
 def load_checkpoint(
-    path: str | Path,                    # .safetensors of ours, a published .pkl/.pth, or what else `find_checkpoint` takes
+    path: str | Path,                    # ours, a published .pkl/.pth, or what else `find_checkpoint` takes
     device: torch.device | str = "cpu",
 ) -> _Model:                             # in eval mode
     "Load the model of a checkpoint. CheckpointError says what does not fit, or which head is not installed."
