@@ -1,4 +1,7 @@
-"""Blind image quality assessment: `create_scorer` scores photographs, `SmartIQA` and `HyperIQA` are the models, `load_checkpoint` reads them."""
+"""Blind image quality assessment.
+
+`create_scorer` scores photographs; `SmartIQA` and `HyperIQA` are the models; `load_checkpoint` reads them.
+"""
 __version__ = "0.1.0"
 
 import importlib

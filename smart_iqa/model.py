@@ -247,8 +247,9 @@ def find_checkpoint(
     if path.is_dir():
         found = [path / f for f in ("model.safetensors", "checkpoint.safetensors") if (path / f).is_file()]
         if not found:
-            raise WeightsError(f"{path}: holds neither model.safetensors (of save_pretrained) nor checkpoint.safetensors "
-                               f"(of a run)")
+            raise WeightsError(
+                f"{path}: holds neither model.safetensors (of save_pretrained) nor checkpoint.safetensors (of a run)"
+            )
         return found[0]
     if path.is_file() or path.suffix in (".safetensors", ".pkl", ".pth", ".pt"):
         return path  # whoever reads it says when it is missing
@@ -260,8 +261,10 @@ def find_checkpoint(
     try:
         return Path(hf_hub_download(name, "model.safetensors", local_files_only=not hub_answers()))
     except Exception as e:  # the client raises many kinds
-        raise WeightsError(f"{name}: is neither on this machine nor could it be downloaded from the Hugging Face hub "
-                           f"({type(e).__name__}): connect once, or give a folder or file") from None
+        raise WeightsError(
+            f"{name}: is neither on this machine nor could it be downloaded from the Hugging Face hub "
+            f"({type(e).__name__}): connect once, or give a folder or file"
+        ) from None
 
 # %% ../nbs/10_model.ipynb #30bfa10a
 def load_checkpoint(

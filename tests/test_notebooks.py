@@ -96,6 +96,14 @@ def test_lines_are_short(name):
     assert not long
 
 
+def test_lines_of_the_package_are_short():
+    """The package keeps the notebooks' lines; only the lists of names, which nbdev writes, are longer."""
+    files = [p for p in (ROOT / "smart_iqa").rglob("*.py") if p.name != "_modidx.py"]
+    lines = [(p.name, line) for p in files for line in p.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) > 10_000
+    assert not [(name, line) for name, line in lines if len(line) > 120 and not line.startswith("__all__")]
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_experiment_parameters(path):
     """Papermill sees one parameters cell and all of its names, and every experiment is told where its record goes."""

@@ -29,8 +29,12 @@ from .runs import Busy, RunError, execute, find_notebook, is_finished, planned_f
 # %% ../../nbs/lab/workers.ipynb #a2a816e9
 ATTEMPTS = 3  # at starting workers, and at a run that is killed
 KILLED = ("DeadKernelError",)  # kinds of RunError that the run itself need not have caused
-HOPELESS = {"WeightsError": "weights are not on this machine", "Diverged": "diverged", "DeadKernelError": "killed, or out of memory",
-            "OutOfMemoryError": "out of memory"}  # errors of one run alone, and what a table says; after others no more runs are started
+HOPELESS = {
+    "WeightsError": "weights are not on this machine",
+    "Diverged": "diverged",
+    "DeadKernelError": "killed, or out of memory",
+    "OutOfMemoryError": "out of memory",
+}  # errors of one run alone, and what a table says; after others no more runs are started
 
 
 def _distributed():
@@ -40,36 +44,44 @@ def _distributed():
         import distributed
     except ImportError:
         raise RuntimeError("several workers need Dask distributed: pip install 'smart-iqa[batch]'") from None
-    dask.config.set({"distributed.scheduler.worker-ttl": None,  # a clock that jumps is no dead worker
-                     "distributed.admin.system-monitor.gil.enabled": False})
+    dask.config.set(
+        {
+            "distributed.scheduler.worker-ttl": None,  # a clock that jumps is no dead worker
+            "distributed.admin.system-monitor.gil.enabled": False,
+        }
+    )
     return distributed
 
 
 def _local(n: int):
-    "A cluster of processes on this machine, one a GPU where there are some; the cores are divided among them. ValueError for more workers than GPUs."
+    "Start processes on this machine, one per GPU where there are some; they share the cores. ValueError: fewer GPUs."
     distributed, gpus = _distributed(), torch.cuda.device_count()
     if gpus and n > gpus:
-        raise ValueError(f"{n} workers and {gpus} GPUs: one run a GPU, so {gpus} workers at most")
+        raise ValueError(f"{n} workers and {gpus} GPUs: one run per GPU, so {gpus} workers at most")
     seen = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // n))
 
     def worker(k: int) -> dict:
         own = {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": seen[k]} if gpus else {})
-        return dict(cls=distributed.Nanny, options=dict(nthreads=1, memory_limit=0, env=own, silence_logs=logging.CRITICAL))
+        return dict(
+            cls=distributed.Nanny, options=dict(nthreads=1, memory_limit=0, env=own, silence_logs=logging.CRITICAL)
+        )
 
     scheduler = dict(cls=distributed.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False))
     for attempt in range(ATTEMPTS):
         try:
-            return distributed.SpecCluster(workers={k: worker(k) for k in range(n)}, scheduler=scheduler, silence_logs="CRITICAL")
+            return distributed.SpecCluster(
+                workers={k: worker(k) for k in range(n)}, scheduler=scheduler, silence_logs="CRITICAL"
+            )
         except RuntimeError as e:  # a worker that was killed before it had begun
             if attempt == ATTEMPTS - 1:
                 raise RuntimeError(f"no workers could be started ({e}): the same command goes on") from None
 
-
+# %% ../../nbs/lab/workers.ipynb #a2a816ea
 @contextmanager
 def connect(
     workers: int | str | None,  # processes on this machine, a scheduler's address, or its scheduler file; None: nobody
-) -> Iterator:                  # a distributed.Client, or None
+) -> Iterator:  # a distributed.Client, or None
     "Those who do the work, until the block ends. RuntimeError where Dask is missing or the scheduler does not answer."
     if workers in (None, "", 0, "0"):
         yield None
@@ -80,11 +92,16 @@ def connect(
             yield client
         return
     if not (is_file := Path(workers).is_file()) and ":" not in str(workers):
-        raise ValueError(f"workers={workers!r}: is no number, no address such as tcp://host:8786, and no scheduler file that is there")
+        raise ValueError(f"workers={workers!r}: give a number, an address such as tcp://host:8786, or a scheduler file")
     try:
-        client = distributed.Client(**({"scheduler_file": str(workers)} if is_file else {"address": str(workers)}), timeout=20)
+        client = distributed.Client(
+            **({"scheduler_file": str(workers)} if is_file else {"address": str(workers)}), timeout=20
+        )
     except (OSError, TimeoutError, ValueError) as e:
-        raise RuntimeError(f"no scheduler answers at {workers} ({type(e).__name__}): start one with  dask scheduler  and workers with  dask worker ADDRESS") from None
+        raise RuntimeError(
+            f"no scheduler answers at {workers} ({type(e).__name__}): start one with  dask scheduler"
+            "  and workers with  dask worker ADDRESS"
+        ) from None
     with client:
         yield client
 
@@ -92,11 +109,12 @@ def connect(
 @dataclass(frozen=True)
 class Job:
     "A run that is wanted."
-    notebook: str          # "train", another experiment, or a path that all workers see
+
+    notebook: str  # "train", another experiment, or a path that all workers see
     parameters: dict
     name: str | None = None  # readable part of its folder's name
-    label: str = ""          # what people call it: "l1, seed 0"
-    key: tuple = ()          # what it is in the list that it belongs to: (arm, seed)
+    label: str = ""  # what people call it: "l1, seed 0"
+    key: tuple = ()  # what it is in the list that it belongs to: (arm, seed)
     needs: tuple | None = None  # key of a run of the same list, whose folder becomes the parameter `checkpoint`
 
     @property
@@ -109,7 +127,7 @@ class Job:
 
 
 def _versions(notebook: str) -> dict[str, str | None]:
-    "What must be the same where a job is wanted and where it is done: the package's code, the notebook's, and versions of packages."
+    "Return what driver and worker must share: the code of the package and of the notebook, and versions of packages."
     path = find_notebook(notebook)
     cells = [c["source"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     return versions() | {"smart_iqa": code_digest(), f"{path.stem}.ipynb": fingerprint(cells)}
@@ -120,7 +138,12 @@ def _work(job: Job, out: str, batch: str, wanted: dict[str, str | None]) -> tupl
     try:
         here = _versions(job.notebook)
         if other := ", ".join(k for k, v in wanted.items() if here.get(k) != v):
-            return "failed", (f"this worker has another version of {other} than the driver had at its start: install the same on all machines, start the workers again, and change nothing meanwhile", "CodeError", other)
+            return "failed", (
+                f"this worker has another version of {other} than the driver had at its start: install the same on all"
+                " machines, start the workers again, and change nothing meanwhile",
+                "CodeError",
+                other,
+            )
         return "done", (str(execute(job.notebook, job.parameters, out, batch, job.name, echo=None, wait=False)),)
     except Busy:
         return "busy", ()
@@ -131,29 +154,54 @@ def _work(job: Job, out: str, batch: str, wanted: dict[str, str | None]) -> tupl
 
 
 def _everywhere(parameters: dict) -> dict:
-    "Parameters whose paths mean the same in every working directory."
-    def whole(k, v): return str(Path(v).expanduser().resolve()) if k in ("root", "cache", *FILES) and isinstance(v, str) and Path(v).expanduser().exists() else v
-    return {k: whole(k, v) for k, v in parameters.items()}
+    "Make the paths among the parameters mean the same in every working directory."
+    whole = dict(parameters)
+    for name in ("root", "cache", *FILES):
+        value = parameters.get(name)
+        if isinstance(value, str) and Path(value).expanduser().exists():
+            whole[name] = str(Path(value).expanduser().resolve())
+    return whole
 
 # %% ../../nbs/lab/workers.ipynb #f0c51ff4
 class _Alone:
-    "Does jobs in this process, one after another."
-    def __init__(self): self.ended = []
-    def room(self, flying: int) -> bool: return not flying
-    def submit(self, key, *arguments): self.ended.append((key, _work(*arguments)))
-    def collect(self) -> list: return [self.ended.pop()] if self.ended else []
-    def drop(self): pass
+    "Do jobs in this process, one after another."
 
+    def __init__(self):
+        self.ended = []
 
+    def room(self, flying: int) -> bool:
+        return not flying
+
+    def submit(self, key, *arguments):
+        self.ended.append((key, _work(*arguments)))
+
+    def collect(self) -> list:
+        return [self.ended.pop()] if self.ended else []
+
+    def drop(self):
+        pass
+
+# %% ../../nbs/lab/workers.ipynb #f0c51fb0
+def _reason(e: BaseException, distributed) -> tuple[str, str, str]:
+    "Return the arguments of a RunError for what became of a Dask task."
+    if isinstance(e, distributed.scheduler.KilledWorker):
+        return f"workers died under it: {e}", "DeadKernelError", str(e)
+    return f"a worker cannot do it: {type(e).__name__}: {e}", type(e).__name__, str(e)
+
+# %% ../../nbs/lab/workers.ipynb #f0c51fa2
 class _Many:
-    "Does jobs on the workers of a Dask client."
+    "Do jobs on the workers of a Dask client."
 
     def __init__(self, client, echo: Callable[[str], None]):
         self.client, self.echo, self.flying, self.distributed = client, echo, {}, _distributed()
         self.idle_since, self.warned = time.monotonic(), False
 
     def _gone(self, why) -> RunError:
-        return RunError(f"the scheduler has gone ({why}); what was finished is kept: start it again and give the same call", "SchedulerError", str(why))
+        return RunError(
+            f"the scheduler has gone ({why}); what was finished is kept: start it again and give the same call",
+            "SchedulerError",
+            str(why),
+        )
 
     def room(self, flying: int) -> bool:
         try:
@@ -164,11 +212,16 @@ class _Many:
         if n or self.idle_since == float("inf"):
             self.idle_since = time.monotonic() if n else self.idle_since
         elif time.monotonic() - self.idle_since > 15:
-            self.echo(f"no worker has joined: dask worker --nthreads 1 --memory-limit 0 {self.client.scheduler.address}")
+            self.echo(
+                f"no worker has joined: dask worker --nthreads 1 --memory-limit 0 {self.client.scheduler.address}"
+            )
             self.idle_since = float("inf")  # said once
         if n > len(threads) and not self.warned:
             self.warned = True
-            self.echo(f"{n} threads in {len(threads)} workers: as many runs at once share their GPUs; for one run a worker start them with --nthreads 1")
+            self.echo(
+                f"{n} threads in {len(threads)} workers: as many runs at once share their GPUs;"
+                " for one run per worker start them with --nthreads 1"
+            )
         return flying < n
 
     def submit(self, key, *arguments):
@@ -189,24 +242,36 @@ class _Many:
             elif future.status in ("cancelled", "lost") or self.client.status != "running":
                 raise self._gone(f"a run was {future.status}")
             else:
-                e = future.exception()
-                died = isinstance(e, self.distributed.scheduler.KilledWorker)
-                ended.append((key, ("failed", (f"workers died under it: {e}", "DeadKernelError", str(e)) if died else (f"a worker cannot do it: {type(e).__name__}: {e}", type(e).__name__, str(e)))))
+                ended.append((key, ("failed", _reason(future.exception(), self.distributed))))
         return ended
 
     def drop(self):
         with suppress(Exception):  # the scheduler may be gone
             self.client.cancel(list(self.flying))
 
+# %% ../../nbs/lab/workers.ipynb #f0c51fa4
+def _seen(folder: Path, patience: float = 60.0) -> Path | RunError:
+    "Wait for the folder of a finished run, which a network file system may show late. RunError where it does not."
+    until = time.monotonic() + patience
+    while not is_finished(folder):
+        if time.monotonic() > until:
+            return RunError(
+                f"{folder}: a worker finished this run, but it is not there:"
+                " all machines must share the outputs folder under one path"
+            )
+        time.sleep(0.5)
+    return folder
 
+# %% ../../nbs/lab/workers.ipynb #f0c51fa7
 def run_jobs(
     jobs: Sequence[Job],
-    out: str | Path = "outputs", batch: str = "runs",
-    client=None,                              # of `connect`; None: one after another, here
+    out: str | Path = "outputs",
+    batch: str = "runs",
+    client=None,  # of `connect`; None: one after another, here
     skip: Callable[[Job], str | None] = lambda job: None,  # asked before a job is started: a reason not to
     echo: Callable[[str], None] | None = None,
-) -> Iterator[tuple[int, Path | RunError]]:   # number of a job, and its folder or why it failed; in the order in which they end
-    "Start what is missing, skip what is finished. RunError is raised only where the scheduler is lost; stop early by leaving the loop."
+) -> Iterator[tuple[int, Path | RunError]]:  # number of a job, and its folder or why it failed, as they end
+    "Start what is missing, skip what is finished. RunError only where the scheduler is lost. Leave the loop to stop."
     out, say = str(Path(out).expanduser().resolve()), echo or (lambda text: None)
     jobs = [replace(job, parameters=_everywhere(job.parameters)) for job in jobs]
     wanted = {notebook: _versions(notebook) for notebook in {j.notebook for j in jobs}}
@@ -223,33 +288,24 @@ def run_jobs(
                 else:
                     flying.add(k)
                     doer.submit(k, jobs[k], out, batch, wanted[jobs[k].notebook])
-                    if client: continue
+                    if client:
+                        continue
             elif not flying:
                 time.sleep(0.5)
-            for k, (how, what) in doer.collect():
+            for k, (state, values) in doer.collect():
                 flying.discard(k)
-                if how == "done":
-                    yield k, _seen(Path(what[0]))  # or why it is not seen
-                elif how == "busy":
+                if state == "done":
+                    yield k, _seen(Path(values[0]))  # or why it is not seen
+                elif state == "busy":
                     say(f"{jobs[k].label or jobs[k].notebook}: another process works on it; asked again later")
                     waiting.append((time.monotonic() + 2, k))
-                elif what[1] in KILLED and (attempts.update([k]) or attempts[k] < ATTEMPTS):
+                elif values[1] in KILLED and (attempts.update([k]) or attempts[k] < ATTEMPTS):
                     say(f"{jobs[k].label or jobs[k].notebook}: it was killed; attempt {attempts[k] + 1} of {ATTEMPTS}")
                     waiting.append((time.monotonic() + 1, k))
                 else:
-                    yield k, RunError(*what)
+                    yield k, RunError(*values)
     finally:
         doer.drop()
-
-
-def _seen(folder: Path, patience: float = 60.0) -> Path | RunError:
-    "The folder of a run that a worker has finished; a network file system may show it a little later. An error when it does not."
-    until = time.monotonic() + patience
-    while not is_finished(folder):
-        if time.monotonic() > until:
-            return RunError(f"{folder}: a worker has finished this run, but it is not there: all machines must share the folder of outputs under the same path")
-        time.sleep(0.5)
-    return folder
 
 # %% ../../nbs/lab/workers.ipynb #7e5fcfb3
 def states_table(
@@ -274,12 +330,12 @@ def counts_of(states: pd.DataFrame) -> str:
 
 # %% ../../nbs/lab/workers.ipynb #4c8a0ead
 class LiveTable:
-    "Shows how far some runs are while a block works: a table that is redrawn in a notebook and on a terminal, now and then a line elsewhere."
+    "Show how far runs are while a block works: a table, redrawn in a notebook or terminal; elsewhere a line at times."
 
     def __init__(
         self,
         folders: Callable[[], dict[str, Path]],  # asked every time: what people call a run, and its folder
-        every: float = 2.0,                      # seconds
+        every: float = 2.0,  # seconds
         echo: Callable[[str], None] | None = print,  # where there is neither notebook nor terminal; None: silence
     ):
         self.folders, self.every, self.echo = folders, every, echo
@@ -294,6 +350,7 @@ class LiveTable:
             with suppress(ImportError):
                 from rich.console import Console
                 from rich.live import Live
+
                 console = Console(stderr=True)
                 self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         with ExitStack() as stack:
@@ -323,6 +380,7 @@ def _rich(states: pd.DataFrame, title: str):
     "The table for a terminal."
     from rich.markup import escape
     from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None)
     for column in states:
         table.add_column(column, overflow="ellipsis", no_wrap=True)
@@ -340,7 +398,7 @@ def finish(
 ) -> dict[object, Path]:  # the folders of those that are finished, in the order of the jobs
     """Finish all jobs: start what is missing. Runs that need another run's checkpoint follow when that is finished.
 
-    RunError where one fails: after one of HOPELESS when all others are done, after another when those that were out are.
+    RunError where one fails: for one of HOPELESS when all others are done, for another when those at work are done.
     """
     first = {key: job for key, job in jobs.items() if job.needs is None}
     folders = _finish(first, out, batch, workers, only_finished)
@@ -354,7 +412,9 @@ def finish(
 
 def _finish(jobs: dict, out, batch: str, workers, only_finished: bool) -> dict:
     "The same for runs of which none needs another."
-    jobs = {key: replace(j, parameters=_everywhere(j.parameters)) for key, j in jobs.items()}  # a relative root is another name
+    jobs = {
+        key: replace(j, parameters=_everywhere(j.parameters)) for key, j in jobs.items()
+    }  # a relative root is another name
     folders = {key: planned_folder(j.notebook, j.parameters, out, batch, j.name) for key, j in jobs.items()}
     todo = [] if only_finished else [key for key, f in folders.items() if not is_finished(f)]
     labels = {jobs[key].label or folders[key].name: folders[key] for key in todo}
