@@ -21,7 +21,8 @@ def moves(source: str) -> list[str]:
             continue
         owner = getattr(node.func.value, "id", "")
         of_path = node.func.attr in ("replace", "rename") and len(node.args) == 1 and not node.keywords
-        if (owner, node.func.attr) in MOVES or of_path:  # str.replace has two arguments
+        # str.replace has two arguments; columns of pandas are renamed by keyword, rename(index=name)
+        if (owner, node.func.attr) in MOVES or of_path:
             calls.append(f"line {node.lineno}: {ast.unparse(node)}")
     return calls
 

@@ -75,7 +75,7 @@ def summarise(
 # %% ../../nbs/lab/compare.ipynb #8e11add8
 def _by_seed(runs: dict[int, dict], seeds, part: str) -> pd.DataFrame:
     "Collect the predictions of one split: a row per image, a column per seed."
-    columns = [part_of(runs[s]["predictions"], part).set_index("image").pred.rename(s) for s in seeds]
+    columns = [part_of(runs[s]["predictions"], part).set_index("image").pred.rename(index=s) for s in seeds]
     return pd.concat(columns, axis=1)
 
 

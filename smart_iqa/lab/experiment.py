@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'arm_table', 'readable', 'stacked', 'caption_of', 'title_of', 'show_table', 'experiment_folder',
-           'write_experiment', 'is_current', 'Experiment', 'open_study']
+           'write_experiment', 'is_current', 'Kept', 'Experiment', 'write_study', 'open_study']
 
 # %% ../../nbs/lab/experiment.ipynb #af717d48
 import json
@@ -70,7 +70,7 @@ def _row(result: ArmRuns, arm: str) -> dict:
 
 def arm_table(
     result: ArmRuns,
-) -> pd.DataFrame:  # arm, seeds, n, parameters, srcc, srcc_std, srcc_low, ..., each, missing, remark, diff, low, high, p_holm
+) -> pd.DataFrame:  # arm, seeds, n, parameters, srcc, srcc_std, srcc_low, ..., each, missing, remark, diff, low, ...
     """Compare all arms, a row per arm, the control first; differences are arm minus control.
 
     ValueError when arms were scored on different images.
@@ -129,7 +129,8 @@ def stacked(
     for a, each in parts.items():
         if not all(p.index.equals(first.index) for p in each):
             raise ValueError(
-                f"{a}: its {result.compared} pictures are not those of {arms[0]}: use the same data, split and split_seed"
+                f"{a}: its {result.compared} pictures are not those of {arms[0]}: "
+                "use the same data, split and split_seed"
             )
     unit = resampling_of(first)
     preds = {a: np.stack([p.pred for p in each]) for a, each in parts.items()}
@@ -182,7 +183,7 @@ def experiment_folder(
     folder = Path(folder) if folder else Path(out).expanduser() / batch / f"{name or method}-{fingerprint(what)}"
     return folder, folder.parent.parent, folder.parent.name
 
-
+# %% ../../nbs/lab/experiment.ipynb #3ac2c647
 def write_experiment(
     folder: str | Path,
     method: str,  # name of the notebook
@@ -228,25 +229,47 @@ def is_current(
 
 # %% ../../nbs/lab/experiment.ipynb #95ca39ab
 @dataclass
-class Experiment:
-    "A study's notebook at work: what it was asked, and what it will leave."
+class Kept:
+    "The tables, figures and claims that an experiment shows and will leave."
+
+    tables: dict = field(default_factory=dict)  # stem to (frame for reading, caption, unrounded numbers or None)
+    figures: dict = field(default_factory=dict)  # stem to a figure
+    claims: list[dict] = field(default_factory=list)
+
+    def table(self, stem: str, frame: pd.DataFrame, caption: str, numbers: pd.DataFrame | None = None):
+        "Show a table, and keep it."
+        self.tables[stem] = frame, caption, numbers
+        show_table(frame, caption)
+
+    def draw(self, stem: str, figure: plt.Figure) -> plt.Figure:
+        "Keep a figure, and show it."
+        self.figures[stem] = figure
+        return figure
+
+    def judge(self, *claims: dict):
+        "Keep what became of claims, and say it."
+        self.claims += claims
+        for c in claims:
+            print(f"{c['claim']}: {c['verdict']}. {c['measured']}.")
+
+# %% ../../nbs/lab/experiment.ipynb #fe615ca4
+@dataclass(kw_only=True)
+class Experiment(Kept):
+    "A study's notebook at work: what it was asked, its runs, and what it will leave."
 
     study: Study
     asked: dict  # profile, root, recipe, seeds
     folder: Path
     machine: dict  # cache, threads, workers, only_finished
     ran: dict[str, ArmRuns] = field(default_factory=dict)  # study to its runs
-    tables: dict = field(default_factory=dict)  # stem to (frame for reading, caption, unrounded numbers or None)
-    figures: dict = field(default_factory=dict)  # stem to a figure
-    claims: list[dict] = field(default_factory=list)
 
     @property
-    def profile(self) -> str:
-        return self.asked["profile"]
+    def first(self) -> ArmRuns:
+        return next(iter(self.ran.values()))
 
     def arms(self, study: str | None = None) -> pd.DataFrame:
         "Show the arms of the study, or of another one that the notebook shows."
-        rows = STUDIES[study].arms[self.profile] if study else self.study.arms[self.profile]
+        rows = (STUDIES[study] if study else self.study).arms[self.asked["profile"]]
         return pd.DataFrame([{"arm": arm, "what differs": _difference(changes)} for arm, changes in rows.items()])
 
     def published(self, query: str | None = None, **values) -> pd.DataFrame:
@@ -265,11 +288,9 @@ class Experiment:
         return result
 
     def table(self, stem: str, frame: pd.DataFrame, caption: str, numbers: pd.DataFrame | None = None):
-        "Show a table, and keep it."
-        note = next(iter(self.ran.values())).note
-        caption = f"{caption} {note}" if note and note not in caption else caption
-        self.tables[stem] = frame, caption, numbers
-        show_table(frame, caption)
+        "Show a table, and keep it; its caption says where images are rendered."
+        note = self.first.note
+        super().table(stem, frame, f"{caption} {note}" if note and note not in caption else caption, numbers)
 
     def compare(self, result: ArmRuns, stem: str | None = None) -> pd.DataFrame:  # of `arm_table`
         "Show the table of a study's arms, and keep it under a stem; None: the study's name."
@@ -278,31 +299,26 @@ class Experiment:
         self.table(stem or name, readable(table), caption_of(result), table)
         return table
 
-    def draw(self, stem: str, figure: plt.Figure) -> plt.Figure:
-        "Keep a figure, and show it."
-        self.figures[stem] = figure
-        return figure
-
-    def judge(self, *claims: dict):
-        "Keep what became of claims, and say it."
-        self.claims += claims
-        for c in claims:
-            print(f"{c['claim']}: {c['verdict']}. Published: {c['published']}; measured: {c['measured']}.")
-
     def write(self):
         "Leave everything in the folder, the record last."
-        first = next(iter(self.ran.values()))
-        inputs, missing = {}, {}
-        for result in self.ran.values():
-            inputs |= result.inputs
-            missing |= result.missing
-        own = {"arms" if name == self.study.name else name: r.arms for name, r in self.ran.items()}
-        record = write_experiment(
-            self.folder, self.study.notebook, self.tables, self.figures, self.asked | own, profile=self.profile,
-            dataset=first.dataset, note=first.note, seeds=first.seeds, part=first.compared, inputs=inputs,
-            missing=[f"{arm}: {why}" for arm, why in missing.items()], claims=self.claims,
-        )
-        print("record:", f"{record.parent.name}/{record.name}")
+        write_study(self)
+
+# %% ../../nbs/lab/experiment.ipynb #025e0278
+def write_study(experiment: Experiment):
+    "Write what a study's notebook has kept, and the record that names its runs."
+    first, inputs, missing = experiment.first, {}, {}
+    for result in experiment.ran.values():
+        inputs |= result.inputs
+        missing |= result.missing
+    study = experiment.study
+    arms = {"arms" if name == study.name else name: r.arms for name, r in experiment.ran.items()}
+    record = write_experiment(
+        experiment.folder, study.notebook, experiment.tables, experiment.figures, experiment.asked | arms,
+        profile=experiment.asked["profile"], dataset=first.dataset, note=first.note, seeds=first.seeds,
+        part=first.compared, inputs=inputs, missing=[f"{arm}: {why}" for arm, why in missing.items()],
+        claims=experiment.claims,
+    )
+    print("record:", f"{record.parent.name}/{record.name}")
 
 
 def _difference(changes) -> str:
@@ -332,4 +348,4 @@ def open_study(
     asked = dict(profile=profile, root=root, recipe=recipe, seeds=seeds)
     folder = experiment_folder(study, asked, **place)[0]
     machine = dict(cache=cache, threads=threads, workers=workers, only_finished=only_finished)
-    return Experiment(STUDIES[study], asked, folder, machine)
+    return Experiment(study=STUDIES[study], asked=asked, folder=folder, machine=machine)

@@ -28,7 +28,8 @@ from ..sets import find_set
 # %% ../../nbs/lab/studies.ipynb #32e8fdfc
 RECIPES = {  # parameters of `train`
     "demo": dict(
-        profile="demo", frozen=True, size=144, crop=128, train_crops=1, val_crops=2, test_crops=4, epochs=4, baseline=False
+        profile="demo", frozen=True, size=144, crop=128, train_crops=1, val_crops=2, test_crops=4, epochs=4,
+        baseline=False,
     ),
     "lite": dict(profile="lite", frozen=True, train_crops=1, val_crops=4, test_crops=9, epochs=4, baseline=False),
     "paper": dict(profile="paper"),
@@ -83,7 +84,7 @@ class Study:
     question: str = ""
     remakes: str = ""  # what of the paper or its repository
     arms: dict = field(default_factory=dict)  # profile to arms: name to parameters of `train`; the first is the control
-    part: str = "val"  # what is compared: val; test; test_clean, without near-duplicates of training images where there are
+    part: str = "val"  # what is compared: val; test; or test_clean, without near-duplicates of training images
     tuned: bool = False  # whether the whole network is trained
     changes: dict = field(default_factory=dict)  # profile to what differs from its recipe in all arms
     n_seeds: int | None = None  # use only so many of the seeds
@@ -210,7 +211,9 @@ _add(
 )
 
 # %% ../../nbs/lab/studies.ipynb #5cc2cccc
-SWITCHES = {"no gate": dict(use_attention=False), "ranking hinge 0.5": dict(alpha=0.5), "dropout 0.1 to 0.5": dict(dropout=0.5)}
+SWITCHES = {
+    "no gate": dict(use_attention=False), "ranking hinge 0.5": dict(alpha=0.5), "dropout 0.1 to 0.5": dict(dropout=0.5),
+}
 
 
 def switch_arms(profile: str) -> dict[str, tuple[str, str, str, str]]:  # small off, small on, large off, large on
@@ -336,7 +339,7 @@ def _words(*words: str) -> str:
     "A name for a folder."
     return "-".join(re.sub(r"[^\w.]+", "-", w) for w in words)
 
-
+# %% ../../nbs/lab/studies.ipynb #46d3cfcb
 def cross_runs(
     domains: dict[str, str],  # name to a pattern of image paths: a model is trained on each
     checkpoints: dict | None = None,  # name to a run folder or a file of weights, or to a list of them, one per seed
@@ -350,8 +353,9 @@ def cross_runs(
     **machine,  # cache, threads
 ) -> list[Job]:  # keys: (model, seed) of a training run, (model, set, number of the checkpoint) of an evaluation
     "List the runs of models against sets: training first, then every model on every domain and set."
-    machine = {k: v for k, v in machine.items() if v is not None}
-    of_set = dict(dataset=dataset or PROFILES[profile].get("dataset", Config.dataset)) | (dict(root=root) if root else {})
+    given = {k: v for k, v in machine.items() if v is not None}
+    of_set = dict(dataset=dataset or PROFILES[profile].get("dataset", Config.dataset))
+    of_set |= dict(root=root) if root else {}
     start = dict(profile=profile, baseline=False, open_test=False) | of_set
     jobs, models = [], {}  # model to its checkpoints: a path, or the key of a run
     for name, paths in (checkpoints or {}).items():
@@ -359,17 +363,22 @@ def cross_runs(
     for seed in seeds if domains else ():
         for domain, pattern in domains.items():
             key = f"trained on {domain}", seed
-            given = start | dict(include=pattern) | machine | (train or {}) | dict(seed=seed)
-            jobs.append(Job("train", given, _words(domain, f"s{seed}"), f"{key[0]}, seed {seed}", key))
+            parameters = start | dict(include=pattern) | given | (train or {}) | dict(seed=seed)
+            jobs.append(Job("train", parameters, _words(domain, f"s{seed}"), f"{key[0]}, seed {seed}", key))
             models.setdefault(key[0], []).append(key)
     columns = {d: of_set | dict(include=p) for d, p in domains.items()}
-    columns |= {s: dict(split="none", include="*") | given for s, given in (sets or {}).items()}
+    columns |= {name: dict(split="none", include="*") | own for name, own in (sets or {}).items()}
+    return jobs + _evaluations(models, columns, dict(leaks="mark") | given | (test or {}))
+
+# %% ../../nbs/lab/studies.ipynb #5fd19376
+def _evaluations(models: dict[str, list], columns: dict[str, dict], given: dict) -> list[Job]:
+    "Every model on every set."
+    jobs = []
     for column, of_column in columns.items():
         for model, made in models.items():
             for k, source in enumerate(made):
                 name = _words(model, "on", column, *([f"{k}"] if len(made) > 1 else []))
-                given = dict(leaks="mark") | machine | (test or {}) | of_column
-                jobs.append(_evaluation(given, source, name, (model, column, k)))
+                jobs.append(_evaluation(given | of_column, source, name, (model, column, k)))
     return jobs
 
 
@@ -380,7 +389,7 @@ def _evaluation(given: dict, source: str | tuple, name: str, key: tuple) -> Job:
         return Job("evaluate", given, name, label, key, needs=source)
     return Job("evaluate", dict(checkpoint=source) | given, name, label, key)
 
-
+# %% ../../nbs/lab/studies.ipynb #ed7bfe0f
 def cross_parameters(
     study: Study,
     profile: str,
@@ -535,7 +544,7 @@ def run_study(
         raise ValueError(f"no run of the control, {result.control!r}: {why}")
     return result
 
-
+# %% ../../nbs/lab/studies.ipynb #33e4d395
 def _plain(changes: dict | tuple, job: Job) -> dict:
     "What an arm changes, as plain values."
     return dict(runs_of=list(changes)) if isinstance(changes, tuple) else {k: job.parameters[k] for k in changes}
