@@ -10,8 +10,9 @@ import pytest
 
 import smart_iqa
 from smart_iqa.lab import studies
+from smart_iqa.lab.notebooks import experiments, parameters_of
 from smart_iqa.lab.report import parameters_for, run_paper
-from smart_iqa.lab.runs import RunError, experiments, is_finished, parameters_of, planned_folder
+from smart_iqa.lab.runs import RunError, is_finished, planned_folder
 from smart_iqa.lab.studies import (
     RECIPES,
     STUDIES,

@@ -431,8 +431,8 @@ def _shared(run: PlannedRun, step: dict, images: dict, machine: Machine, scored:
         pieces[fingerprint([*backbone, what, crops, *name])] = (what, crops * scored, 2 * crops * values)
 
     if run.notebook == "train" and cfg.frozen:
-        pooled = (cfg.use_multiscale, cfg.test_positions)
-        add("frozen features", train * cfg.train_crops, step["values"], "train", cfg.use_multiscale, cfg.seed, cfg.flip)
+        pooled = (step["values"], cfg.test_positions)  # heads that need the same share a file
+        add("frozen features", train * cfg.train_crops, step["values"], "train", step["values"], cfg.seed, cfg.flip)
         add("frozen features", run.sizes.get(cfg.choose_on, 0) * cfg.val_crops, step["values"], cfg.choose_on, pooled)
         add("frozen features", opened * cfg.test_crops, step["values"], "opened", pooled)
     if run.notebook == "train" and cfg.baseline:
