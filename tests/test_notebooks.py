@@ -1,4 +1,5 @@
 """Every library notebook runs top to bottom in a fresh kernel, and the package is what the notebooks export."""
+import ast
 import filecmp
 import re
 import shutil
@@ -94,6 +95,18 @@ def test_lines_are_short(name):
     lines = [(c.id, line) for c in SOURCE[name].cells for line in c.source.split("\n")]
     long = [(cell, line) for cell, line in lines if len(line) > 120 and not line.startswith("|")]
     assert not long
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_one_assert_a_line(name):
+    """A test cell says one thing with each assert, so that the line that fails says what is wrong."""
+    compound = []
+    for cell in SOURCE[name].cells:
+        if cell.cell_type == "code" and not cell.source.startswith(("#| export", "%")):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Assert) and isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And):
+                    compound.append((cell.id, ast.unparse(node)))
+    assert not compound
 
 
 def test_lines_of_the_package_are_short():

@@ -293,10 +293,9 @@ def test_an_unfinished_run_shows_its_state(first, batch):
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
-    """`smart-iqa paper --profile demo` as the README has it."""
-    done = subprocess.run(
-        [*COMMAND, "paper", "--profile", "demo", "--out", str(tmp_path)], capture_output=True, text=True, timeout=4000
-    )
+    """`smart-iqa paper --profile demo` as the README has it, with one seed in place of two."""
+    words = ["paper", "--profile", "demo", "--seeds", "0", "--out", str(tmp_path)]
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=4000)
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.glob("paper-demo/report-*/record.json")).read_text())
     assert (
