@@ -257,6 +257,7 @@ def demo(tmp_path_factory):
     } | dict(run=run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "features", "errors"])
 def test_a_notebook_leaves_what_the_report_reads(demo, name):
     """The record's keys, its digest of the run, verdicts of the known kind, every table in three forms with the demo's
@@ -287,6 +288,7 @@ def test_a_notebook_leaves_what_the_report_reads(demo, name):
     assert nb.cells[-1].outputs[0]["text"].startswith("record:")
 
 
+@pytest.mark.slow
 def test_the_tables_are_of_the_predictions(demo):
     """Computed here once more from predictions.csv."""
     p = read_run(demo["run"])["predictions"].query("split == 'test'")

@@ -32,6 +32,8 @@ KEEP = (
     "loss",
 )
 
+pytestmark = pytest.mark.slow  # the experiment `average`, whole
+
 
 @pytest.fixture(scope="module")
 def runs(standin, tmp_path_factory):

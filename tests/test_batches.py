@@ -207,7 +207,8 @@ def chaos(root, out, seed, kills, log):
     return hit
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 6))])
+@pytest.mark.slow  # other tests kill a kernel, a worker and a driver one by one
+@pytest.mark.parametrize("seed", range(3))
 def test_random_kills(standin, tmp_path, undisturbed, seed):
     """kill -9 of kernels, workers and the driver at random moments, three times a batch."""
     with open(tmp_path / "log.txt", "w") as log:
@@ -238,6 +239,7 @@ def until_true(condition, within=120):
         time.sleep(0.3)
 
 
+@pytest.mark.slow
 def test_scheduler_killed_and_workers_late(standin, tmp_path, undisturbed):
     """A scheduler of its own: workers join after the batch has begun; it is killed, started anew, and the same
     command goes on."""
@@ -383,6 +385,7 @@ def test_every_change_of_the_environment_is_told(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_diverges_and_the_rest_goes_on(standin, tmp_path):
     """NaN stops one arm with epoch, step and rates; its folder says so; the others are finished."""
     given = recipe(standin, epochs=1, seed=0)

@@ -130,6 +130,7 @@ def taught(mine, tmp_path_factory):
     return folder, out, quick
 
 
+@pytest.mark.slow
 def test_study(taught):
     run = read_run(taught[0])
     assert (
@@ -141,6 +142,7 @@ def test_study(taught):
     assert set(trained["predictions"].split) == {"val"}  # test and calibration stayed shut
 
 
+@pytest.mark.slow
 def test_evaluate_opens_test_and_calibrates_then_package(taught, mine):
     _, out, quick = taught
     run = next(out.glob("study/control-s0-*"))
@@ -161,6 +163,7 @@ def test_evaluate_opens_test_and_calibrates_then_package(taught, mine):
     assert str(evaluated["parts"]["test"]["n"]) in file.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_teacher_never_saw_the_picture(tmp_path):
     """On the demo set: predictions for every training picture and for no other, out of fold, and worth something."""
     folder = execute("teacher", dict(members="lite:64:64:1", folds=3, threads=1), out=tmp_path)

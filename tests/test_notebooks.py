@@ -104,7 +104,8 @@ def test_one_assert_a_line(name):
     for cell in SOURCE[name].cells:
         if cell.cell_type == "code" and not cell.source.startswith(("#| export", "%")):
             for node in ast.walk(ast.parse(cell.source)):
-                if isinstance(node, ast.Assert) and isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And):
+                test = node.test if isinstance(node, ast.Assert) else None
+                if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
                     compound.append((cell.id, ast.unparse(node)))
     assert not compound
 

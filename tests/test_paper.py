@@ -72,6 +72,7 @@ def times(out, batch="sweep"):
     return {p.parent.name: p.stat().st_mtime_ns for p in (out / batch).glob("*/record.json")}
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_a_row_with_its_reason(first):
     table = arm_table(first)
     assert table.set_index("arm").seeds.to_dict() == {"l1": 1, "l2": 1, "no weights": 0, "diverges": 0, "large": 0}
@@ -90,10 +91,12 @@ def test_another_error_stops_the_sweep(batch):
         sweep(batch, {"typo": dict(loss="l3")})
 
 
+@pytest.mark.slow
 def test_validation_sweeps_keep_the_test_part_shut(first):
     assert all(set(r["predictions"].split) == {"val"} and not r["config"]["open_test"] for r in first.runs.values())
 
 
+@pytest.mark.slow
 def test_two_scenes_claim_nothing(first):
     """The demo's validation part has two photographs: no intervals, no p-values."""
     table = arm_table(first)
@@ -101,6 +104,7 @@ def test_two_scenes_claim_nothing(first):
     arms_figure(table)
 
 
+@pytest.mark.slow
 def test_a_deleted_run_is_the_only_one_that_reruns_and_the_table_is_the_same(batch, first):
     before, table = times(batch[0]), arm_table(first)
     gone = Path(first.runs["l2", 0]["folder"])
@@ -111,6 +115,7 @@ def test_a_deleted_run_is_the_only_one_that_reruns_and_the_table_is_the_same(bat
     pd.testing.assert_frame_equal(arm_table(again).drop(columns="seconds"), table.drop(columns="seconds"))
 
 
+@pytest.mark.slow
 def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
     folder = Path(first.runs["l1", 0]["folder"])
     kept, digest = (folder / "record.json").read_text(), run_digest(folder)
@@ -145,6 +150,7 @@ def report(batch):
     return folder, failed, [s for s in said if ":" in s]
 
 
+@pytest.mark.slow
 def test_report_gathers_everything(report, batch):
     folder, failed, said = report
     assert not failed and len(said) == 2
@@ -158,6 +164,7 @@ def test_report_gathers_everything(report, batch):
     assert number in page and number in (folder / "tables" / "ranking.tex").read_text()
 
 
+@pytest.mark.slow
 def test_paper_again_changes_nothing_and_a_deleted_run_comes_back(report, batch):
     """Second start: experiments stand. A run's folder deleted: that one reruns, its experiment is made again, the
     table is the same."""
@@ -186,6 +193,7 @@ def test_paper_again_changes_nothing_and_a_deleted_run_comes_back(report, batch)
     )
 
 
+@pytest.mark.slow
 def test_a_failed_experiment_does_not_stop_the_others(batch, tmp_path):
     """losses cannot run with an unknown schedule; architecture needs no pictures. The command says which failed,
     in the report too."""
@@ -242,6 +250,7 @@ def test_cli_says_what_is_wrong(tmp_path):
     assert code == 0 and all(s.notebook in text for s in pick_studies()) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_log(first, batch):
     """Filtered, compared, written; the command prints what the frame holds."""
     out = batch[0]
@@ -282,6 +291,7 @@ def test_the_log(first, batch):
         assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_shows_its_state(first, batch):
     """The run that diverged and the one without weights, if its folder was opened, are in the log as what they are."""
     log = list_runs(batch[0], "batch == 'sweep'", every=True)
