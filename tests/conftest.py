@@ -19,6 +19,13 @@ from smart_iqa.training import CropFeed, make_model
 SPLITS = ["train"] * 25 + ["val"] * 8 + ["test"] * 8  # 25: batches of 8 leave a last batch of one picture
 
 
+def pytest_collection_modifyitems(items):
+    """Give each file to one process, as its fixtures are shared; the notebooks need nothing from each other."""
+    for item in items:
+        alone = item.path.name == "test_notebooks.py"
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Small models are no faster on more threads, and bit-equality asks for one number of threads everywhere."""

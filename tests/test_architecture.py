@@ -383,6 +383,7 @@ def run(tmp_path_factory):
     return folder, json.loads((folder / "record.json").read_text())
 
 
+@pytest.mark.slow
 def test_notebook_writes_a_run(run):
     """Record, tables in three forms and figures in two; a claim where a size is published."""
     folder, record = run
@@ -412,6 +413,7 @@ def test_notebook_writes_a_run(run):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "models, said", [("base-nothing", "base-nothing: no such model"), (" , ", "no model is named")]
 )

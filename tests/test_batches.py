@@ -207,7 +207,7 @@ def chaos(root, out, seed, kills, log):
     return hit
 
 
-@pytest.mark.slow  # other tests kill a kernel, a worker and a driver one by one
+@pytest.mark.slow  # the notebooks lab/runs and lab/workers kill a kernel and a worker
 @pytest.mark.parametrize("seed", range(3))
 def test_random_kills(standin, tmp_path, undisturbed, seed):
     """kill -9 of kernels, workers and the driver at random moments, three times a batch."""
@@ -428,6 +428,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(where)], check=True)
 
 
+@pytest.mark.slow
 def test_disk_full_and_read_only(standin, tmp_path, small_disk, undisturbed):
     """A full disk is an error that says so, leaves no half file, and the same call goes on when there is room; a
     disk that may only be read is another."""
@@ -654,6 +655,7 @@ def test_what_killed_a_run_is_asked_again(tmp_path, monkeypatch):
         assert ended.kind == kind and len(asked) == times
 
 
+@pytest.mark.slow
 def test_a_watch_ends_with_its_reader(standin, tmp_path):
     """`smart-iqa runs --watch | head -1`, and options that it does not know."""
     execute("train", recipe(standin, epochs=1, open_test=False), tmp_path, echo=None)

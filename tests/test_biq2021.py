@@ -98,6 +98,7 @@ def test_validation_part_depends_on_its_seed_alone(cache, biq):
 
 
 @needs_biq
+@pytest.mark.slow
 def test_near_duplicates(cache):
     """The official split shows nearly the same picture on both sides.
 

@@ -86,6 +86,7 @@ def test_killed_in_the_middle_goes_on(photos, whole, tmp_path):
     assert not list(tmp_path.glob("*.rows")) and not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bytes(photos, whole, tmp_path):
     p = start(photos, tmp_path, 2)
     assert "peak" in p.communicate(timeout=120)[0] and p.returncode == 0

@@ -6,6 +6,8 @@ import pytest
 
 from smart_iqa.lab.runs import RunError, execute
 
+pytestmark = pytest.mark.slow  # the experiment `complexity`, whole
+
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
 PUBLISHED = dict(tiny=4.47, small=8.65, base=15.28, hyperiqa=4.33)  # labelled "FLOPs", one crop of 224
 

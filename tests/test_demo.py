@@ -57,6 +57,7 @@ def demo(tmp_path_factory, cache):
     return done.stdout, out
 
 
+@pytest.mark.slow
 def test_demo_prints_where_things_are(demo):
     """What it prints exists, progress is shown, and the numbers say that they are about a rendered set."""
     text, _ = demo
@@ -65,6 +66,7 @@ def test_demo_prints_where_things_are(demo):
     assert DEMO_NOTE in text and "epoch 1: train loss" in text and "validation SRCC" in text
 
 
+@pytest.mark.slow
 def test_demo_record(demo):
     """The record holds what the design promises, and the model learned: test SRCC well above chance on scenes it never
     saw."""
@@ -89,6 +91,7 @@ def test_demo_record(demo):
     assert {"commit", "packages", "seed"} <= set(run["environment"])
 
 
+@pytest.mark.slow
 def test_demo_notebook_draws(demo):
     """The executed notebook has the three figures in it and no error."""
     nb = nbformat.read(next(demo[1].glob("demo/*/run.ipynb")), 4)
@@ -97,6 +100,7 @@ def test_demo_notebook_draws(demo):
     assert not [o for o in outputs if o.output_type == "error"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_skipped(demo, cache):
     """The same command again trains nothing."""
     record = next(demo[1].glob("demo/*/record.json"))
@@ -111,6 +115,7 @@ def test_a_finished_run_is_skipped(demo, cache):
     assert again.returncode == 0 and "already finished" in again.stdout and record.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_evaluate_reproduces_the_run(demo, cache, tmp_path):
     """The evaluate notebook, from the run's folder, gives the test scores that the run wrote down."""
     folder = next(demo[1].glob("demo/*/"))
@@ -120,6 +125,7 @@ def test_evaluate_reproduces_the_run(demo, cache, tmp_path):
     assert len(both) == len(b) and (both.pred_x - both.pred_y).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_pictures_that_the_model_has_seen(demo, cache, tmp_path):
     """split=none on the set that a run was trained on would test on its training pictures."""
     folder = next(demo[1].glob("demo/*/"))
@@ -127,6 +133,7 @@ def test_evaluate_refuses_pictures_that_the_model_has_seen(demo, cache, tmp_path
         execute("evaluate", dict(checkpoint=str(folder), cache=cache, split="none"), out=tmp_path, echo=None)
 
 
+@pytest.mark.slow
 def test_the_baseline_notebook_repeats_the_runs_own_baseline(demo, cache, tmp_path):
     """The ridge beside a finished run is the one that the run made itself, and the model's predictions stay as they
     were."""
@@ -136,6 +143,7 @@ def test_the_baseline_notebook_repeats_the_runs_own_baseline(demo, cache, tmp_pa
     assert (a.pred == b.pred).all() and (a.baseline - b.baseline).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_two_scenes_give_no_interval(demo):
     """The demo's test part has two photographs: its record claims no interval and no significance."""
     run = read_run(next(demo[1].glob("demo/*/")))
@@ -146,6 +154,7 @@ def test_two_scenes_give_no_interval(demo):
     )
 
 
+@pytest.mark.slow
 def test_runs_are_listed(demo):
     """`smart-iqa runs` shows the run with its headline number."""
     done = subprocess.run([*COMMAND, "runs", "--out", str(demo[1])], capture_output=True, text=True, timeout=120)

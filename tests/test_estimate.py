@@ -147,6 +147,7 @@ def swept(standin, tmp_path_factory):
     return common, out / "here"
 
 
+@pytest.mark.slow
 def test_listed_runs_are_those_that_were_started(swept):
     common, batch = swept
     runs, left_out = batch_runs("demo", "main", **common)
@@ -156,6 +157,7 @@ def test_listed_runs_are_those_that_were_started(swept):
     assert runs[0].sizes == dict(train=25, val=8, test=8)
 
 
+@pytest.mark.slow
 def test_an_estimate_is_compared_with_a_run(swept, tmp_path):
     """Generous: the machine does other things, and a run of seconds is mostly start-up."""
     folder = next(f for f in sorted(swept[1].iterdir()) if (f / "splits.csv").exists())
@@ -181,6 +183,7 @@ def test_an_estimate_is_compared_with_a_run(swept, tmp_path):
     assert (copied[copied.index.str.contains("whole run")] > copied["training"]).all()
 
 
+@pytest.mark.slow
 def test_the_text_reads_well(swept, capsys):
     common = swept[0] | dict(seeds="0,1", steps=2)
     text = estimate_text("demo", "main", workers=2, **common)

@@ -232,6 +232,7 @@ def test_parameters_of_every_experiment_fit():
                 ), step
 
 
+@pytest.mark.slow
 def test_cli_says_what_is_wrong(tmp_path):
     def said(*words):
         done = subprocess.run(

@@ -2,10 +2,13 @@
 import json
 
 import pandas as pd
+import pytest
 
 from smart_iqa.cli import main
 from smart_iqa.demo import KONIQ_NOTE
 from smart_iqa.lab.runs import execute
+
+pytestmark = pytest.mark.slow  # the experiment `scale`, whole
 
 
 def test_the_whole_notebook(tmp_path):
