@@ -302,7 +302,7 @@ def test_an_unfinished_run_shows_its_state(first, batch):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_demo(tmp_path):
     """`smart-iqa paper --profile demo` as the README has it, with one seed in place of two."""
     words = ["paper", "--profile", "demo", "--seeds", "0", "--out", str(tmp_path)]
