@@ -64,33 +64,38 @@ def write_set(folder, scores=None, splits=SPLITS):
     return folder
 
 
+STANDIN = dict(  # a stand-in set under a model of a million weights, so that an epoch takes a second
+    dataset="csv",
+    labels="labels.csv",
+    score_range="0,100",
+    backbone="test_efficientnet",
+    pretrained="none",
+    size=64,
+    crop=64,
+    train_crops=1,
+    val_crops=2,
+    test_crops=4,
+    epochs=2,
+    batch_size=8,
+    lr=1e-3,
+    head_lr_ratio=1.0,
+    weight_decay=0.01,
+    patience=0,
+    amp="off",
+    device="cpu",
+    group_duplicates=False,
+    start_at_mean=True,
+    loss="smooth_l1",
+)
+TINY = dict(  # the same haste on the demo set
+    limit=24, epochs=1, batch_size=8, crop=64, size=64, train_crops=1, val_crops=1, test_crops=1, pretrained="none",
+    amp="off", threads=1, frozen=False,
+)
+
+
 def small_config(root, **values):
-    """A csv set under a model of a million weights, so that an epoch takes a second."""
-    given = dict(
-        dataset="csv",
-        root=str(root),
-        labels="labels.csv",
-        score_range="0,100",
-        backbone="test_efficientnet",
-        pretrained="none",
-        size=64,
-        crop=64,
-        train_crops=1,
-        val_crops=2,
-        test_crops=4,
-        epochs=2,
-        batch_size=8,
-        lr=1e-3,
-        head_lr_ratio=1.0,
-        weight_decay=0.01,
-        patience=0,
-        amp="off",
-        device="cpu",
-        group_duplicates=False,
-        start_at_mean=True,
-        loss="smooth_l1",
-    )
-    return make_config(**given | values)
+    """Return the configuration of a run on a stand-in set."""
+    return make_config(**STANDIN | dict(root=str(root)) | values)
 
 
 def prepare(cfg):

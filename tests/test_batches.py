@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from conftest import STANDIN
 
 from smart_iqa.config import make_config
 from smart_iqa.files import take_lock
@@ -48,36 +49,8 @@ OWN = dict(
 
 def recipe(root, **more):
     """What every run of a batch is: seconds of training, a resume point after every step."""
-    return (
-        dict(
-            dataset="csv",
-            root=str(root),
-            labels="labels.csv",
-            score_range="0,100",
-            backbone="test_efficientnet",
-            pretrained="none",
-            size=64,
-            crop=64,
-            train_crops=1,
-            val_crops=2,
-            test_crops=2,
-            epochs=4,
-            batch_size=8,
-            lr=1e-3,
-            head_lr_ratio=1.0,
-            weight_decay=0.01,
-            patience=0,
-            amp="off",
-            device="cpu",
-            group_duplicates=False,
-            start_at_mean=True,
-            loss="smooth_l1",
-            checkpoint_minutes=0,
-            threads=1,
-            baseline=False,
-        )
-        | more
-    )
+    own = dict(root=str(root), test_crops=2, epochs=4, checkpoint_minutes=0, threads=1, baseline=False)
+    return STANDIN | own | more
 
 
 def study(root, out, seeds="0,1", workers=2, log=None, env=None):

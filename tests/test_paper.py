@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TINY
 
 from smart_iqa.demo import DEMO_NOTE
 from smart_iqa.lab.experiment import arm_table, caption_of, is_current, readable
@@ -22,20 +23,6 @@ from smart_iqa.lab.runs import RunError, compare_runs, list_runs, parameters_of,
 from smart_iqa.lab.studies import Study, pick_studies, run_study
 
 COMMAND = [str(Path(sys.executable).parent / "smart-iqa")]
-TINY = dict(
-    limit=24,
-    epochs=1,
-    batch_size=8,
-    crop=64,
-    size=64,
-    train_crops=1,
-    val_crops=1,
-    test_crops=1,
-    pretrained="none",
-    amp="off",
-    threads=1,
-    frozen=False,
-)
 
 
 @pytest.fixture(scope="module")

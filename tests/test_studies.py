@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import TINY
 
 import smart_iqa
 from smart_iqa.lab import studies
@@ -44,20 +45,6 @@ RECIPE = dict(
     device="cpu",
     leaks="mark",
     baseline=False,
-)
-TINY = dict(
-    limit=24,
-    epochs=1,
-    batch_size=8,
-    crop=64,
-    size=64,
-    train_crops=1,
-    val_crops=1,
-    test_crops=1,
-    pretrained="none",
-    amp="off",
-    threads=1,
-    frozen=False,
 )
 
 
