@@ -17,8 +17,8 @@ from smart_iqa.lab.runs import RunError, is_finished, planned_folder
 from smart_iqa.lab.studies import (
     RECIPES,
     STUDIES,
-    config_of,
     cross_runs,
+    job_config,
     pick_studies,
     run_study,
     split_sizes,
@@ -83,7 +83,7 @@ def test_every_arm_is_a_valid_configuration(name, profile):
     jobs = study_runs(name, profile)
     made = {}
     for job in jobs:
-        made[job.key] = config_of(job, made.get(job.needs))
+        made[job.key] = job_config(job, made.get(job.needs))
         assert set(job.parameters) <= set(parameters_of(job.notebook))
     assert len({job.label for job in jobs}) == len(made) == len(jobs)
     assert bool(jobs) == (study.takes in ("arms", "domains"))
@@ -96,7 +96,7 @@ def test_a_value_of_the_recipe_is_multiplied():
     arms = {job.arm: job.parameters for job in study_runs("crops", "lite", recipe=dict(train_crops=3), seeds="0")}
     assert arms["twice the training crops"]["train_crops"] == 6
     floor = next(j for j in study_runs("audit_training", "paper", seeds="0") if "floor" in j.arm)
-    assert floor.parameters["lr_floor"] == 2 * config_of(floor).lr
+    assert floor.parameters["lr_floor"] == 2 * job_config(floor).lr
 
 
 def test_dynamics_shares_the_runs_of_others():
@@ -165,8 +165,8 @@ def test_the_report_asks_for_the_same_list():
 
 
 def test_sizes_of_splits_are_numbers():
-    assert split_sizes(config_of(study_runs("main", "lite")[0])) == dict(train=9000, val=1000, test=2000)
-    random = replace(config_of(study_runs("main", "paper")[0]), split="random")
+    assert split_sizes(job_config(study_runs("main", "lite")[0])) == dict(train=9000, val=1000, test=2000)
+    random = replace(job_config(study_runs("main", "paper")[0]), split="random")
     assert split_sizes(random)["test"] == round(0.2 * 10073)
 
 

@@ -32,7 +32,7 @@ from ..devices import code_digest, environment, pick_device, use_bf16
 from ..files import cache_dir, span, usable_cores, write_json
 from ..images import pixels_or_reason
 from .runs import RunError, read_run
-from .studies import RECIPES, Study, config_of, pick_studies, split_sizes, studies_of, study_runs
+from .studies import RECIPES, Study, job_config, pick_studies, split_sizes, studies_of, study_runs
 from ..training import CropFeed, Solver, add_gradients, make_model, take_step
 
 # %% ../../nbs/lab/estimate.ipynb #d7823064
@@ -53,7 +53,7 @@ def _runs_of(study: Study, profile: str, common: dict) -> list[PlannedRun]:
     runs = {}
     for job in study_runs(study, profile, **common):
         trained = runs.get(job.needs)
-        cfg = config_of(job, trained.cfg if trained else None)
+        cfg = job_config(job, trained.cfg if trained else None)
         key = fingerprint([trained.key, run_id(cfg, "")]) if trained else run_id(cfg, "")
         runs[job.key] = PlannedRun(key, job.notebook, cfg, split_sizes(cfg), (study.notebook,), job.arm)
     return list(runs.values())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'TUNED', 'SEEDS', 'STUDIES', 'SIZES', 'SWITCHES', 'recipe_of', 'seeds_of', 'Times', 'Study', 'switch_arms',
-           'studies_of', 'pick_studies', 'arm_parameters', 'study_runs', 'cross_runs', 'cross_parameters', 'config_of',
+           'studies_of', 'pick_studies', 'arm_parameters', 'study_runs', 'cross_runs', 'cross_parameters', 'job_config',
            'split_sizes', 'ArmRuns', 'run_study']
 
 # %% ../../nbs/lab/studies.ipynb #3910a97c
@@ -408,7 +408,7 @@ def cross_parameters(
     )
 
 # %% ../../nbs/lab/studies.ipynb #a5454334
-def config_of(
+def job_config(
     job: Job,  # a `train` run, or an `evaluate` run
     trained: Config | None = None,  # the configuration of the run that an `evaluate` run needs
 ) -> Config:
