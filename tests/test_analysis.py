@@ -155,10 +155,10 @@ def test_a_changed_prediction_changes_the_table(two, tmp_path):
 @pytest.mark.parametrize(
     "change, why",
     [
-        (dict(predictions=lambda t: t.head(190)), "other: its test pictures"),
+        (dict(predictions=lambda t: t.head(190)), "other: its test images"),
         (
             dict(predictions=lambda t: t.assign(score=t.score.where(t.index != 3, 50))),
-            "other: its test pictures or their scores",
+            "other: its test images or their scores",
         ),
         (dict(config=dict(lr=1)), r"other: is of another configuration than s0 \(lr\)"),
         (dict(seed=0), "one seed"),

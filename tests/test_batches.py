@@ -82,11 +82,9 @@ def results(out):
             else pd.DataFrame()
         )
         table = (folder / "predictions.csv").read_text() if (folder / "predictions.csv").exists() else ""
-        for part in record.get(
-            "parts", {}
-        ).values():  # of the predictions, which are compared too; four parameters through 8 pictures are not one curve
-            for k in ("plcc_fitted", "rmse_fitted", "fit"):
-                part.pop(k, None)
+        for metrics in record.get("splits", {}).values():
+            for k in ("plcc_fitted", "rmse_fitted", "fit"):  # four parameters through 8 images are not one curve
+                metrics.pop(k, None)
         found[name] = (
             {k: v for k, v in record.items() if k != "seconds"},
             history.drop(columns=["seconds", "val_seconds"], errors="ignore").to_csv(),
