@@ -32,11 +32,11 @@ KEEP = (
     "loss",
 )
 
-pytestmark = pytest.mark.slow  # the experiment `average`, whole
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_kernels")]  # the experiment `average`, whole
 
 
 @pytest.fixture(scope="module")
-def runs(standin, tmp_path_factory):
+def runs(standin, tmp_path_factory, no_kernels):
     """A start, two runs from it, and one from nowhere."""
     out = tmp_path_factory.mktemp("out")
     common = {k: v for k, v in asdict(small_config(standin)).items() if k in KEEP} | dict(
