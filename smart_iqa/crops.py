@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from .config import fingerprint
 from .splits import ImageSet, check_splits, settle
@@ -284,5 +283,7 @@ def jitter(
     "Change brightness, contrast and saturation of each crop at random, by torch's generator."
     if strength == 0:
         return crops
+    from torchvision.transforms import v2  # takes a second to import, and most runs jitter nothing
+
     change = v2.ColorJitter(strength, strength, strength)
     return torch.stack([change(c) for c in crops])

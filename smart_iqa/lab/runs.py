@@ -33,10 +33,8 @@ from ..crops import build_cache
 from ..data import load_set
 from ..devices import Devices, _write_environment, environment, last_environment
 from ..files import PROGRESS, meanwhile, read_lines, take_lock, usable_cores, write_json, write_whole
-from ..frozen import FrozenFeed
 from .notebooks import find_notebook, parameters_of, parse_value
 from ..splits import ImageSet
-from ..training import CropFeed, Solver, TrainingError, make_model
 
 # %% ../../nbs/lab/runs.ipynb #0de975a3
 def is_finished(folder: str | Path) -> bool:
@@ -630,6 +628,9 @@ def train_together(
 ) -> Devices:              # to be left in the end
     """Train a run to its end in this process, or in this one and the others that torchrun started. Busy where another
     process works on it; errors as of `Solver.fit`."""
+    from smart_iqa.frozen import FrozenFeed  # takes seconds to import, and who only starts kernels does without
+    from smart_iqa.training import CropFeed, Solver, make_model
+
     main, per_machine = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     folder, cfg, images = _named(arguments)
     if main:
@@ -658,6 +659,8 @@ def train_together(
 
 # %% ../../nbs/lab/runs.ipynb #11b40f5e
 def _main():
+    from smart_iqa.training import TrainingError
+
     _end_with_parent()
     try:
         train_together(sys.argv[1:]).leave()
