@@ -264,7 +264,7 @@ def _show(folder: Path):
     from smart_iqa.lab.runs import read_run
 
     run = read_run(folder)
-    if "parts" in run:
+    if "splits" in run:
         print("\n" + results_table([run]).drop(columns="note", errors="ignore").to_string(index=False))
     if run.get("note"):
         print(f"\n{run['note']}")
@@ -376,7 +376,7 @@ def _compare(folder: Path):
     from smart_iqa.lab.runs import read_run
 
     run = read_run(folder)
-    for when, parts in (("before", run["before"]), ("after", run["parts"])):
+    for when, parts in (("before", run["before"]), ("after", run["splits"])):
         m = parts["test"]
         print(f"{when:>6}: SRCC {m['srcc']:.3f}, PLCC {m['plcc']:.3f}, RMSE {m['rmse']:.1f} points "
               f"on {m['n']} test pictures")

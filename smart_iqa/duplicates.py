@@ -97,8 +97,9 @@ def small_grey(
 
 
 def _details(small: Image.Image) -> np.ndarray:
-    "Subtract the mean of the 9 x 9 pixels around each pixel."
-    return np.asarray(small, np.float32) - np.asarray(small.filter(ImageFilter.BoxBlur(4)), np.float32)
+    "Subtract the mean of the 9 x 9 pixels around each pixel, then that of each row and column."
+    a = np.asarray(small, np.float32) - np.asarray(small.filter(ImageFilter.BoxBlur(4)), np.float32)
+    return a - a.mean(0) - a.mean(1, keepdims=True) + a.mean()
 
 
 def _windows(small: Image.Image) -> np.ndarray:
@@ -108,7 +109,7 @@ def _windows(small: Image.Image) -> np.ndarray:
         border = (SIDE - WINDOW / zoom) / 2
         box = (border, border, SIDE - border, SIDE - border)
         cut.append(_details(small.resize((WINDOW, WINDOW), Image.Resampling.BILINEAR, box=box)))
-    return np.stack(cut) - np.mean(cut, (1, 2), keepdims=True)
+    return np.stack(cut)
 
 # %% ../nbs/duplicates.ipynb #dupl0014
 def _sums(a: np.ndarray) -> np.ndarray:
