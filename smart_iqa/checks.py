@@ -25,11 +25,11 @@ import pandas as pd
 from PIL import Image
 
 from .config import Config
+from .duplicates import NO_SKETCH, group_pairs, sketch
 from .files import track
 from .data import load_set, read_set
 from smart_iqa.splits import (
-    NO_SKETCH, ImageSet, assign_splits, check_parts, duplicate_pairs, group_pairs, name_pairs, random_splits,
-    read_split, save_split, sketch,
+    ImageSet, assign_splits, check_splits, duplicate_pairs, name_pairs, random_splits, read_split, save_split,
 )
 from .images import load_image
 from .sets import DataError, find_set, read_labels
@@ -377,19 +377,19 @@ def default_split(
     return cfg
 
 
-def _published_parts(name: str) -> dict[str, int]:
+def _published_splits(name: str) -> dict[str, int]:
     "Read the sizes of the official split; empty for a set without any."
     sizes = find_set(name).official
-    return {} if isinstance(sizes, str) else {part: n for part, n in zip(("train", "val", "test"), sizes) if n}
+    return {} if isinstance(sizes, str) else {split: n for split, n in zip(("train", "val", "test"), sizes) if n}
 
 
 def _split_sizes(splits: pd.Series, published: dict[str, int]) -> str:
     "Write the sizes of a split beside the published ones: `train 7,058 of 7,058`."
     n = splits.fillna("(none)").value_counts()
     texts = []
-    for part in dict.fromkeys(("train", "val", "cal", "test", *n.index)):
-        if part in published or part in n:
-            texts.append(f"{part} {n.get(part, 0):,}" + (f" of {published[part]:,}" if part in published else ""))
+    for split in dict.fromkeys(("train", "val", "cal", "test", *n.index)):
+        if split in published or split in n:
+            texts.append(f"{split} {n.get(split, 0):,}" + (f" of {published[split]:,}" if split in published else ""))
     return ", ".join(texts)
 
 # %% ../nbs/checks.ipynb #split002
@@ -409,13 +409,13 @@ def _check_split(report: Report, images: ImageSet, cfg: Config, partial: bool, p
     try:
         if cfg.split.endswith(".csv"):
             t["split"] = read_split(cfg.split, t.image)
-        published = _published_parts(cfg.dataset) if cfg.split == "official" else {}
+        published = _published_splits(cfg.dataset) if cfg.split == "official" else {}
         report.facts["split"] = _split_sizes(t.split, published)
         splits = assign_splits(t, replace(cfg, split="official"), group_pairs(t.ref, pairs))
     except DataError as e:
         return report.add("split", [("", "", str(e))])
     try:
-        check_parts(replace(images, table=t.assign(split=splits)))
+        check_splits(replace(images, table=t.assign(split=splits)))
     except DataError as e:
         report.add("split", [("", "", str(e))], "warning" if partial else "problem")
 

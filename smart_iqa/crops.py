@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from .config import fingerprint
-from .splits import ImageSet, check_parts, settle
+from .splits import ImageSet, check_splits, settle
 from .images import grid_shape, pixels_or_reason
 from .files import cache_dir, locked, move, track, write_whole
 
@@ -142,7 +141,7 @@ def _leave_out(images: ImageSet, bad: pd.DataFrame):
     images.table = images.table[~images.table.image.isin(bad.image)].reset_index(drop=True)
     if len(bad):
         images.skipped = pd.concat([images.skipped, bad], ignore_index=True)
-        check_parts(images, expected)
+        check_splits(images, expected)
 
 # %% ../nbs/06_crops.ipynb #ab497bba
 def grid_positions(
@@ -284,5 +283,7 @@ def jitter(
     "Change brightness, contrast and saturation of each crop at random, by torch's generator."
     if strength == 0:
         return crops
+    from torchvision.transforms import v2  # takes a second to import, and most runs jitter nothing
+
     change = v2.ColorJitter(strength, strength, strength)
     return torch.stack([change(c) for c in crops])

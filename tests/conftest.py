@@ -1,10 +1,16 @@
-"""Stand-in sets for the tests: small synthetic pictures whose score is how little noise they carry."""
+"""Stand-in sets for the tests: small synthetic pictures whose score is how little noise they carry. And notebooks
+without kernels."""
 import os
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import Mock
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch: kernels and workers take it over, and several tests run at once
 
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +20,8 @@ from PIL import Image
 from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
+from smart_iqa.files import PROGRESS
+from smart_iqa.lab import runs
 from smart_iqa.training import CropFeed, make_model
 
 SPLITS = ["train"] * 25 + ["val"] * 8 + ["test"] * 8  # 25: batches of 8 leave a last batch of one picture
@@ -102,7 +110,7 @@ def prepare(cfg):
     """Image set, pixel cache, feed and model of a configuration, as a run makes them."""
     images = load_set(cfg)
     cache = build_cache(images, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
-    model = make_model(cfg, float(images.part("train").score.mean()))
+    model = make_model(cfg, float(images.rows("train").score.mean()))
     return images, CropFeed(cache, images.table, cfg, torch.device("cpu")), model
 
 
@@ -110,3 +118,42 @@ def prepare(cfg):
 def standin(tmp_path_factory):
     """The folder of a healthy set: 25 + 8 + 8 pictures. Copy it before you harm it."""
     return write_set(tmp_path_factory.mktemp("standin"))
+
+
+def run_cells(path, parameters: dict):
+    """Execute the code cells of a notebook in this process, as papermill does in a kernel that takes seconds to start.
+    What it displays is not kept."""
+    names = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("IPython.display.display", Mock())
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                exec(compile(cell.source, str(path), "exec"), names)
+                names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
+
+
+def _execute_here(path: Path, folder: Path, parameters: dict):
+    """Do what `runs._execute` does, without papermill; there is no run.ipynb."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv(PROGRESS, str(folder / "progress.json"))
+        try:
+            run_cells(path, parameters | dict(folder=str(folder)))
+        except Exception as e:
+            kind = type(e).__name__
+            raise runs._failed(path.stem, folder, kind, str(e), f"{path.stem} failed with {kind}: {e}") from None
+
+
+@contextmanager
+def without_kernels():
+    """Let `execute` run notebooks in this process: for tests that ask what a notebook computes, not how it is run."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs, "_execute", _execute_here)
+        yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def no_kernels():
+    """`without_kernels` for all tests of a file."""
+    with without_kernels():
+        yield

@@ -7,6 +7,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import without_kernels
 from scipy import stats
 
 from smart_iqa.demo import DEMO_NOTE
@@ -155,10 +156,10 @@ def test_a_changed_prediction_changes_the_table(two, tmp_path):
 @pytest.mark.parametrize(
     "change, why",
     [
-        (dict(predictions=lambda t: t.head(190)), "other: its test pictures"),
+        (dict(predictions=lambda t: t.head(190)), "other: its test images"),
         (
             dict(predictions=lambda t: t.assign(score=t.score.where(t.index != 3, 50))),
-            "other: its test pictures or their scores",
+            "other: its test images or their scores",
         ),
         (dict(config=dict(lr=1)), r"other: is of another configuration than s0 \(lr\)"),
         (dict(seed=0), "one seed"),
@@ -250,7 +251,8 @@ def test_content_is_found_where_it_is():
 def demo(tmp_path_factory):
     """One tiny run on the demo set, and the three notebooks about it: name to folder, and the run's own folder."""
     out, cache = tmp_path_factory.mktemp("analysis"), str(tmp_path_factory.mktemp("cache"))
-    run = execute("train", TINY | dict(cache=cache), out=out, echo=None)
+    with without_kernels():
+        run = execute("train", TINY | dict(cache=cache), out=out, echo=None)
     return {
         x: execute(x, dict(runs=str(run), cache=cache, threads=1), out=out, echo=None)
         for x in ("attention", "features", "errors")
@@ -305,7 +307,8 @@ def test_the_tables_are_of_the_predictions(demo):
 def test_a_model_without_a_gate_is_a_record_and_no_crash(tmp_path):
     """The attention notebook of a run whose weights are NaN says why there is nothing, and the report can read it."""
     bare = write_run(tmp_path / "bare", 0, table().assign(a1=np.nan, a2=np.nan, a3=np.nan, a4=np.nan))
-    folder = execute("attention", dict(runs=str(bare), resamples=50, threads=1), out=tmp_path / "out", echo=None)
+    with without_kernels():
+        folder = execute("attention", dict(runs=str(bare), resamples=50, threads=1), out=tmp_path / "out", echo=None)
     record = json.loads((folder / "record.json").read_text())
     assert any("no gate" in m for m in record["missing"]) and [c["verdict"] for c in record["claims"]] == [
         "cannot be tested here"
@@ -316,9 +319,9 @@ def test_errors_beside_the_noise_of_votes(tmp_path):
     """Where a set counts its votes: 40 points of spread over 64 votes are 5 points, and the model's errors are found to
     be larger. No picture is at hand."""
     folders = [write_run(tmp_path / f"s{s}", s, table(seed=s).assign(std=40.0, votes=64)) for s in (0, 1)]
-    folder = execute(
-        "errors", dict(runs=",".join(map(str, folders)), resamples=200, threads=1), out=tmp_path / "out", echo=None
-    )
+    asked = dict(runs=",".join(map(str, folders)), resamples=200, threads=1)
+    with without_kernels():
+        folder = execute("errors", asked, out=tmp_path / "out", echo=None)
     record = json.loads((folder / "record.json").read_text())
     noisy = next(c for c in record["claims"] if "noise of opinions" in c["claim"])
     error = np.mean([np.abs(t.pred - t.score).mean() for t in map(table, [None] * 2, [200] * 2, (0, 1))])

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import without_kernels
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
@@ -418,6 +419,6 @@ def test_notebook_writes_a_run(run):
     "models, said", [("base-nothing", "base-nothing: no such model"), (" , ", "no model is named")]
 )
 def test_wrong_names_are_told(tmp_path, models, said):
-    with pytest.raises(RunError, match=said):
+    with without_kernels(), pytest.raises(RunError, match=said):
         execute("architecture", dict(models=models), out=tmp_path, echo=None)
     assert not list(tmp_path.glob("*/*/record.json"))

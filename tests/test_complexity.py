@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import without_kernels
 
 from smart_iqa.lab.runs import RunError, execute
 
@@ -96,6 +97,6 @@ def test_times_and_memory_are_sane(run, counts):
                                          (dict(precisions="int3"), "int3: no such precision"),
                                          (dict(repeats=1), "at least 2 repeats")])
 def test_wrong_values_are_named(tmp_path, given, said):
-    with pytest.raises(RunError, match=said):
+    with without_kernels(), pytest.raises(RunError, match=said):
         execute("complexity", dict(device="cpu") | given, out=tmp_path, echo=None)
     assert not list(tmp_path.glob("*/*/record.json"))

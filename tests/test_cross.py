@@ -4,11 +4,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import picture
+from conftest import picture, run_cells
 
 from smart_iqa.config import make_config
 from smart_iqa.files import write_json
@@ -134,7 +133,7 @@ def test_a_record_that_contradicts_its_predictions_is_refused(grid):
     """A number edited in record.json alone is an error that names the run, not a table."""
     path = grid["sharp", "pets"][0] / "record.json"
     record = json.loads(path.read_text())
-    record["parts"]["test"]["srcc"] += 0.01
+    record["splits"]["test"]["srcc"] += 0.01
     write_json(path, record)
     with pytest.raises(ValueError, match="sharp-0: the record says SRCC"):
         cross_cells(load(grid))
@@ -280,11 +279,7 @@ def run_notebook(monkeypatch, tmp_path, root, harm=None, **given) -> Path:
         )
         | given
     )
-    here = {"__name__": "__main__"}
-    for cell in nbformat.read(find_notebook("cross_dataset"), 4).cells:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, "cross_dataset.ipynb", "exec"), here)
-            here.update(values if "parameters" in cell.metadata.get("tags", []) else {})
+    run_cells(find_notebook("cross_dataset"), values)
     return Path(values["folder"])
 
 

@@ -13,6 +13,7 @@ from conftest import picture
 from huggingface_hub import ModelCard, constants
 
 from smart_iqa import create_scorer
+from smart_iqa.app.engines import OnnxScorer, Scorer
 from smart_iqa.app.export import (
     ExportError,
     check_onnx,
@@ -22,7 +23,6 @@ from smart_iqa.app.export import (
     quantise_onnx,
     save_pretrained,
 )
-from smart_iqa.app.engines import OnnxScorer, Scorer
 from smart_iqa.app.scoring import Calibration, Policy, cut, quality_figure
 from smart_iqa.crops import normalise
 from smart_iqa.demo import photograph

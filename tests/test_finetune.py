@@ -1,4 +1,4 @@
-"""Experiments around the packaged model, end to end through papermill on small pictures: finetune, study, teacher,
+"""Experiments around the packaged model, end to end on small pictures: finetune, study, teacher,
 evaluate, package."""
 
 import json
@@ -67,7 +67,7 @@ def finetune_words(mine, start, out):
 
 
 @pytest.fixture(scope="module")
-def tuned(mine, start, tmp_path_factory):
+def tuned(mine, start, tmp_path_factory, no_kernels):
     out = tmp_path_factory.mktemp("out")
     assert not main(finetune_words(mine, start, out))
     (folder,) = (out / "finetune").iterdir()
@@ -76,7 +76,7 @@ def tuned(mine, start, tmp_path_factory):
 
 def test_finetune_learns(tuned):
     run = read_run(tuned)
-    before, after = run["before"]["test"]["srcc"], run["parts"]["test"]["srcc"]
+    before, after = run["before"]["test"]["srcc"], run["splits"]["test"]["srcc"]
     assert after > 0.9 and after > before
     assert run["difference"]["low"] > 0 and set(run["predictions"].split) == {"val", "cal", "test"}
 
@@ -109,7 +109,7 @@ def test_finetune_bad_input(mine, tmp_path, capsys, words, said):
 
 
 @pytest.fixture(scope="module")
-def taught(mine, tmp_path_factory):
+def taught(mine, tmp_path_factory, no_kernels):
     """A teacher, two arms of one seed that use it or not, an evaluation of one of them, and its package."""
     out = tmp_path_factory.mktemp("taught")
     data = dict(
@@ -158,14 +158,14 @@ def test_evaluate_opens_test_and_calibrates_then_package(taught, mine):
         "package", dict(evaluation=str(folder), to=str(file), title="packed", root=quick["root"], check=10), out=out
     )
     scorer = create_scorer(file, device="cpu")
-    assert scorer.info["measured"]["test"]["srcc"] == evaluated["parts"]["test"]["srcc"] and scorer.policy == Policy(
+    assert scorer.info["measured"]["test"]["srcc"] == evaluated["splits"]["test"]["srcc"] and scorer.policy == Policy(
         96, "short", 64, 2
     )
-    assert str(evaluated["parts"]["test"]["n"]) in file.with_suffix(".md").read_text()
+    assert str(evaluated["splits"]["test"]["n"]) in file.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow
-def test_teacher_never_saw_the_picture(tmp_path):
+def test_teacher_never_saw_the_picture(tmp_path, no_kernels):
     """On the demo set: predictions for every training picture and for no other, out of fold, and worth something."""
     folder = execute("teacher", dict(members="lite:64:64:1", folds=3, threads=1), out=tmp_path)
     told, record = pd.read_csv(folder / "teacher.csv"), read_run(folder)

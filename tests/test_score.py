@@ -24,6 +24,7 @@ import torch
 from conftest import picture
 from PIL import Image, ImageCms
 
+from smart_iqa.app.engines import Scorer, create_scorer, save_scorer
 from smart_iqa.app.folders import (
     COLUMNS,
     Journal,
@@ -33,7 +34,6 @@ from smart_iqa.app.folders import (
     read_scores,
     score_files,
 )
-from smart_iqa.app.engines import Scorer, create_scorer, save_scorer
 from smart_iqa.app.scoring import Calibration, Policy
 from smart_iqa.cli import main
 from smart_iqa.demo import photograph

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 
 import smart_iqa
-from smart_iqa.app.engines import Scorer, create_scorer, save_scorer
+from smart_iqa.app.engines import Scorer, card_of, create_scorer, save_scorer
 from smart_iqa.app.scoring import Calibration, Policy, layout
 from smart_iqa.demo import photograph
 from smart_iqa.images import ImageError, load_image
@@ -337,7 +337,7 @@ def test_weights_of_the_scoring_copy_are_its_own(small):
     } == {torch.float32}
 
 
-RESEARCH = ("torch", "torchvision", "timm", "scipy", "matplotlib", "sklearn", "skimage", "seaborn", "safetensors", "onnx")
+RESEARCH = ("torch", "torchvision", "timm", "scipy", "matplotlib", "sklearn", "skimage", "safetensors", "onnx")
 NONE_OF_THEM = f"""
 import sys
 for name in {RESEARCH}:
@@ -347,13 +347,15 @@ for name in {RESEARCH}:
 
 def without_research(code: str, *words: str) -> subprocess.CompletedProcess:
     """Run Python where the research half cannot be imported."""
-    return subprocess.run([sys.executable, "-c", NONE_OF_THEM + code, *words], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", NONE_OF_THEM + code, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_scoring_imports_no_research(tmp_path, photos):
     """The command line scores, maps and draws a contact sheet without torch, timm, torchvision, scipy or matplotlib."""
     photos[0].save(tmp_path / "a.jpg")
-    words = ["score", tmp_path / "a.jpg", "--out", tmp_path / "s.csv", "--html", tmp_path / "s.html", "--heatmap", tmp_path]
+    outputs = ["--out", tmp_path / "s.csv", "--html", tmp_path / "s.html", "--heatmap", tmp_path]
+    words = ["score", tmp_path / "a.jpg", *outputs]
     done = without_research("from smart_iqa.cli import main\nsys.exit(main(sys.argv[1:]))", *map(str, words))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.jpg.map.png").exists() and "a.jpg" in (tmp_path / "s.html").read_text()
@@ -377,3 +379,10 @@ def test_old_import_paths():
     assert SmartIQA.__module__ == HyperIQA.__module__ == load_checkpoint.__module__ == "smart_iqa.model"
     assert DataLoader.__module__ == "smart_iqa.data"
     assert smart_iqa.create_scorer is create_scorer
+
+
+def test_the_onnx_file_is_the_checkpoint():
+    """The two packaged files have the same weights and the same card."""
+    by_torch, by_onnx = (create_scorer(device="cpu", engine=engine) for engine in ("torch", "onnxruntime"))
+    assert by_onnx.weights == by_torch.weights
+    assert card_of(by_onnx) == card_of(by_torch) == read_about(find_checkpoint("smart-lite"))

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import without_kernels
 
 from smart_iqa.lab.runs import execute
 
@@ -13,7 +14,8 @@ pytestmark = pytest.mark.slow
 
 
 def record_of(name, out, **parameters):
-    folder = execute(name, parameters, out, echo=None)
+    with without_kernels():
+        folder = execute(name, parameters, out, echo=None)
     return json.loads((folder / "record.json").read_text())
 
 

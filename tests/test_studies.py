@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import TINY
+from conftest import TINY, without_kernels
 
 import smart_iqa
 from smart_iqa.lab import studies
@@ -139,7 +139,8 @@ def test_a_batch_starts_the_runs_that_are_listed(tmp_path):
     """`smart-iqa paper` on the demo set: two studies, one seed, trained and evaluated; no folder more, none less."""
     given = dict(recipe=json.dumps(TINY), seeds="0", cache=str(tmp_path / "cache"))
     out = tmp_path.resolve()
-    _, failed = run_paper("demo", out, only="main,cross_dataset", echo=lambda text: None, **given)
+    with without_kernels():
+        _, failed = run_paper("demo", out, only="main,cross_dataset", echo=lambda text: None, **given)
     listed = [job for name in ("main", "cross_dataset") for job in study_runs(name, "demo", **given)]
     runs = {f.name for f in (out / "paper-demo").iterdir() if (f / "splits.csv").exists() and is_finished(f)}
     assert not failed

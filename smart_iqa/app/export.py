@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MADE_BY', 'TAGS', 'LICENCES', 'model_card', 'save_pretrained', 'ExportError', 'export_onnx', 'check_onnx',
-           'quantise_onnx', 'compare_engines']
+           'write_onnx_beside', 'quantise_onnx', 'compare_engines']
 
 # %% ../../nbs/app/export.ipynb #c729a42a
 import copy
@@ -29,7 +29,7 @@ from ..crops import MEAN, STD
 from ..demo import photograph
 from ..files import replacing
 from ..metrics import compare, srcc
-from .engines import OnnxScorer, Scorer, card_of, need, save_scorer
+from .engines import OnnxScorer, Scorer, card_of, create_scorer, need, save_scorer
 from .scoring import Policy, as_image, cut
 
 # %% ../../nbs/app/export.ipynb #a1885353
@@ -290,6 +290,23 @@ def check_onnx(
             apart = np.abs(exported._score_crops(crops[:n]) - model._score_crops(crops[:n]))
             rows.append(dict(crops=kind, batch=n, score=apart[:, 0].max(), attention=apart[:, 1:].max(initial=0)))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/app/export.ipynb #beside01
+def write_onnx_beside(
+    checkpoint: str | Path,  # .safetensors with a card
+) -> Path:                   # the .onnx file of the same name
+    "Write a checkpoint as ONNX beside it. Where the weights are the same and only the card is new, only it is written."
+    (onnx,) = need("onnx")
+    scorer, path = create_scorer(checkpoint, device="cpu", engine="torch"), Path(checkpoint).with_suffix(".onnx")
+    proto = onnx.load(path) if path.exists() else None
+    facts = {p.key: p.value for p in proto.metadata_props} if proto else {}
+    if facts.get("weights") != json.dumps(scorer.weights):
+        export_onnx(scorer, path)
+        return path
+    onnx.helper.set_model_props(proto, facts | dict(about=json.dumps(card_of(scorer))))
+    with replacing(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+    return path
 
 # %% ../../nbs/app/export.ipynb #b51ea29a
 def _quantised_nodes(proto, crop: int, float_stages: int) -> list[str]:

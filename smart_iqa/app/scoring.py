@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_COLUMNS', 'ROOM', 'STAGES', 'as_image', 'as_list', 'Policy', 'layout', 'cut', 'Calibration', 'calibrate',
-           'coverage_table', 'Score', 'ModelRules', 'PictureScorer', 'in_colour', 'QualityMap', 'quality_map',
-           'in_words', 'quality_figure']
+           'coverage_table', 'Preference', 'Score', 'ModelRules', 'PictureScorer', 'preference_of', 'compare_scores',
+           'compare', 'in_colour', 'QualityMap', 'quality_map', 'in_words', 'quality_figure']
 
 # %% ../../nbs/app/scoring.ipynb #7d8e2d8a
 import hashlib
+import importlib
 import json
 import math
 import sys
@@ -254,6 +255,25 @@ def coverage_table(
                          coverage_low=ci.low, coverage_high=ci.high, width=group.width.mean()))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/app/scoring.ipynb #prefer02
+@dataclass(frozen=True)
+class Preference:
+    "Hold how the scores of two pictures become a probability; `asdict` of it is plain JSON."
+    spread: float      # of a difference of scores, in units of the combined difficulty of the two
+    same_scene: float  # factor on it where both show the same scene
+
+    def probability(
+        self,
+        a: np.ndarray, b: np.ndarray,  # scores
+        difficulty_a: np.ndarray, difficulty_b: np.ndarray,  # sizes of their errors, from `Calibration.difficulty`
+        same_scene: np.ndarray | bool = False,  # whether both pictures show the same scene
+    ) -> np.ndarray:  # 0-1; exactly 1 minus that of the swapped pair
+        "Compute the probability that people's mean opinion of a is higher than of b."
+        width = self.spread * np.where(same_scene, self.same_scene, 1.0) * np.hypot(difficulty_a, difficulty_b)
+        difference = np.asarray(a, float) - np.asarray(b, float)
+        larger = 0.5 + np.tanh(np.abs(difference) / np.maximum(2 * width, 1e-9)) / 2  # the logistic curve
+        return np.where(difference >= 0, larger, 1 - larger)
+
 # %% ../../nbs/app/scoring.ipynb #score001
 @dataclass(frozen=True)
 class Score:
@@ -380,6 +400,42 @@ class PictureScorer(ModelRules):
         "Return `details` as a frame, a row per picture."
         rows = [vars(s) | {f"a{k}": a for k, a in enumerate(s.attention, 1)} for s in self.details(pictures)]
         return pd.DataFrame(rows).drop(columns="attention", errors="ignore")
+
+# %% ../../nbs/app/scoring.ipynb #compare2
+def preference_of(scorer: PictureScorer) -> Preference | None:
+    "Read what the model's card says about pairs; None where it says nothing, or the scorer has no calibration."
+    stored = scorer.info.get("preference")
+    return Preference(**stored) if stored and scorer.calibration else None
+
+
+def compare_scores(
+    scorer: PictureScorer,
+    a: pd.DataFrame, b: pd.DataFrame,  # score and std of N pictures each
+    same_scene: np.ndarray | bool = False,
+) -> np.ndarray:  # (N,)
+    "Compute P(MOS_a > MOS_b) row by row. ValueError for a scorer that was not calibrated on pairs."
+    if (preference := preference_of(scorer)) is None:
+        raise ValueError(f"{scorer.info.get('name', 'this model')}: was not calibrated on pairs of pictures, so that a "
+                         "difference of scores has no probability; see experiments/preferences.ipynb")
+    difficulty = [scorer.calibration.difficulty(p.score, p["std"]) for p in (a, b)]
+    return preference.probability(a.score, b.score, *difficulty, same_scene)
+
+
+def compare(
+    scorer: PictureScorer,
+    a, b,  # anything that `as_image` takes
+    same_scene: bool | None = None,  # whether both show the same scene; None: seen in the pictures
+) -> float:  # 0-1
+    "Compute the probability that people's mean opinion of a is higher than of b; `Scorer.compare` is the same."
+    pictures = [as_image(a), as_image(b)]
+    if same_scene is None:
+        duplicates = importlib.import_module("smart_iqa.duplicates")
+        same_scene = duplicates.same_scene(*(duplicates.scene_of(p) for p in pictures))
+    scores = scorer.table(pictures)
+    return float(compare_scores(scorer, scores[:1], scores[1:].reset_index(drop=True), same_scene)[0])
+
+
+PictureScorer.compare = compare
 
 # %% ../../nbs/app/scoring.ipynb #253c82b5
 _VIRIDIS = np.frombuffer(bytes.fromhex(

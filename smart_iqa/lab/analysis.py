@@ -31,7 +31,7 @@ from ..crops import normalise
 from ..data import read_set
 from ..images import ImageError, pixels_or_reason
 from . import figures
-from .compare import PART_NAMES, all_of, claim, corrected, part_of, resampling_of, verdict
+from .compare import SPLIT_NAMES, all_of, claim, corrected, rows_of, resampling_of, verdict
 from .figures import with_interval
 from .runs import config_of, read_run, run_digest
 from .experiment import write_experiment
@@ -43,7 +43,7 @@ class SeedRuns:
     "Finished runs of one configuration, one per seed, and their predictions of the same images in one order."
 
     runs: list[dict]  # as `read_run` gives them, by seed
-    part: str  # test_clean, test or val
+    split: str  # test_clean, test or val
     frames: list[pd.DataFrame]  # predictions of that split, a frame per run, rows sorted by image name
     n_boot: int = 1000  # bootstrap resamples
 
@@ -60,7 +60,7 @@ class SeedRuns:
         return self.labels.score.to_numpy(float)
 
     @property
-    def resampled(self) -> str:  # "pictures", "scenes", or "nothing": too few scenes for any interval
+    def resampled(self) -> str:  # "images", "scenes", or "nothing": too few scenes for any interval
         return resampling_of(self.labels)
 
     @property
@@ -95,12 +95,12 @@ class SeedRuns:
 def caption_of_seeds(runs: SeedRuns) -> str:
     "Say what every caption has to say: set, split, n, seeds, what the intervals are over, and the set's note."
     first, scenes = runs.runs[0], runs.labels.ref.nunique()
-    where = f"{first['method']} on {first['dataset']}, {PART_NAMES[runs.part]}, n = {len(runs.labels):,} pictures"
+    where = f"{first['method']} on {first['dataset']}, {SPLIT_NAMES[runs.split]}, n = {len(runs.labels):,} images"
     seeds = f"mean over {len(runs.runs)} seeds" if len(runs.runs) > 1 else f"seed {runs.seeds[0]}"
     if runs.resampled == "nothing":
         sure = f"only {scenes} scenes, so no intervals are given"
     else:
-        sure = f"95 % bootstrap intervals over {'pictures' if runs.resampled == 'pictures' else f'{scenes} scenes'}"
+        sure = f"95 % bootstrap intervals over {'images' if runs.resampled == 'images' else f'{scenes} scenes'}"
     return f"{where}; {seeds}; {sure}. {runs.note}".strip()
 
 # %% ../../nbs/lab/analysis.ipynb #1dadcf87
@@ -117,7 +117,7 @@ def _same_configuration(runs: list[dict]):
         raise ValueError("two of the runs have one seed: " + ", ".join(f"{r['run_id']} ({r['seed']})" for r in runs))
 
 
-def _headline_part(predictions: pd.DataFrame) -> str:
+def _headline_split(predictions: pd.DataFrame) -> str:
     "The first of test_clean, test and val that there is."
     if not (predictions.split == "test").any():
         return "val"
@@ -127,7 +127,7 @@ def _headline_part(predictions: pd.DataFrame) -> str:
 # %% ../../nbs/lab/analysis.ipynb #171f6fcc
 def open_seeds(
     runs: str | Sequence | None,  # folders of finished train runs, separated by commas or as a list
-    part: str | None = None,  # test_clean, test or val; None: the first of these that there is
+    split: str | None = None,  # test_clean, test or val; None: the first of these that there is
     n_boot: int = 1000,  # bootstrap resamples
 ) -> SeedRuns:
     """Read finished runs of one configuration.
@@ -143,14 +143,14 @@ def open_seeds(
     read = sorted((read_run(f) for f in folders), key=lambda r: r["seed"])
     _same_configuration(read)
     first = read[0]["run_id"]
-    part = part or _headline_part(read[0]["predictions"])
-    frames = [part_of(r["predictions"], part).sort_values("image", ignore_index=True) for r in read]
+    split = split or _headline_split(read[0]["predictions"])
+    frames = [rows_of(r["predictions"], split).sort_values("image", ignore_index=True) for r in read]
     for r, f in zip(read, frames):
         if not f.image.equals(frames[0].image) or not np.allclose(f.score, frames[0].score):
-            raise ValueError(f"{r['run_id']}: its {part} pictures or their scores are not those of {first}")
+            raise ValueError(f"{r['run_id']}: its {split} images or their scores are not those of {first}")
     if len(frames[0]) < 3:
-        raise ValueError(f"{first}: has {len(frames[0])} {part} pictures, and nothing can be said of fewer than 3")
-    return SeedRuns(read, part, frames, n_boot)
+        raise ValueError(f"{first}: has {len(frames[0])} {split} images, and nothing can be said of fewer than 3")
+    return SeedRuns(read, split, frames, n_boot)
 
 # %% ../../nbs/lab/analysis.ipynb #484d16c8
 def _two_sided(boot: np.ndarray) -> float:  # (n_boot,) of what should be 0
@@ -754,8 +754,8 @@ def show_runs(
 ):
     "Show what the runs reached on the split that is looked at."
     records = [r | dict(baseline=None, comparison=None) for r in seeds.runs]
-    table = figures.results_table(records).query("part == @seeds.part")
-    display(Markdown(figures.markdown(table[["run_id", "seed", "part", "n", *measures]])))
+    table = figures.results_table(records).query("split == @seeds.split")
+    display(Markdown(figures.markdown(table[["run_id", "seed", "split", "n", *measures]])))
 
 
 def write_findings(
@@ -767,8 +767,8 @@ def write_findings(
 ):
     "Leave tables, figures and, last, the record of an experiment about finished runs in its folder."
     seeds = findings.seeds
-    config = dict(runs=findings.ids, part=seeds.part) | config
+    config = dict(runs=findings.ids, split=seeds.split) | config
     about = dict(dataset=seeds.runs[0]["dataset"], profile=seeds.runs[0].get("profile"), note=seeds.note)
-    about |= dict(seeds=seeds.seeds, part=seeds.part, inputs=findings.inputs, missing=findings.missing)
+    about |= dict(seeds=seeds.seeds, split=seeds.split, inputs=findings.inputs, missing=findings.missing)
     write_experiment(folder, method, findings.tables, findings.figures, config, **about | record)
     print("record:", f"{Path(folder).name}/record.json")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_LOCK', 'KERNEL_LOCK', 'LOCKS', 'LOG', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here', 'release',
-           'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'read_run', 'run_digest', 'time_left',
-           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'planned_folder', 'execute',
-           'train_together']
+           'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'current_record', 'read_run', 'run_digest',
+           'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'planned_folder',
+           'execute', 'train_together']
 
 # %% ../../nbs/lab/runs.ipynb #d727eab7
 import hashlib
@@ -33,10 +33,8 @@ from ..crops import build_cache
 from ..data import load_set
 from ..devices import Devices, _write_environment, environment, last_environment
 from ..files import PROGRESS, meanwhile, read_lines, take_lock, usable_cores, write_json, write_whole
-from ..frozen import FrozenFeed
 from .notebooks import find_notebook, parameters_of, parse_value
 from ..splits import ImageSet
-from ..training import CropFeed, Solver, TrainingError, make_model
 
 # %% ../../nbs/lab/runs.ipynb #0de975a3
 def is_finished(folder: str | Path) -> bool:
@@ -181,6 +179,16 @@ def config_of(
     return make_config(**{k: v for k, v in current_names(recorded).items() if k in names} | changed)
 
 # %% ../../nbs/lab/runs.ipynb #ad22ff60
+def current_record(recorded, key: str = ""):
+    "Give a record of an older version today's names: `parts` became `splits`; `pictures` that are resampled, `images`."
+    if key == "resampled" and recorded == "pictures":
+        return "images"
+    if not isinstance(recorded, dict):
+        return recorded
+    today = {"parts": "splits"}
+    return {today.get(k, k) if isinstance(v, dict) else k: current_record(v, k) for k, v in recorded.items()}
+
+
 def read_run(
     folder: str | Path,  # of a finished run
 ) -> dict:               # its record, and config, environment, history and predictions (frames)
@@ -188,9 +196,10 @@ def read_run(
     folder = Path(folder)
     if not is_finished(folder):
         raise ValueError(f"{folder}: is not a finished run (no record.json); start the same command again to finish it")
-    run = json.loads((folder / "record.json").read_text(encoding="utf-8")) | {"folder": str(folder)}
-    for part in ("config", "environment"):
-        run[part] = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    run = current_record(record) | {"folder": str(folder)}
+    for name in ("config", "environment"):
+        run[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     predictions = folder / "predictions.csv"
     run["history"] = read_lines(folder / "metrics.jsonl")
     run["predictions"] = pd.read_csv(predictions, dtype={"image": str, "ref": str}) if predictions.exists() else None
@@ -287,8 +296,8 @@ def _logged(folder: Path) -> dict:
     row |= dict(started=env.get("started"), commit=last.get("commit"), machine=", ".join(chips) or None)
     if not record and "val_srcc" in history:
         row["val_srcc"] = history.val_srcc.max()
-    for part, metrics in record.get("parts", {}).items():
-        row |= {f"{part}_{k}": metrics.get(k) for k in ("n", "srcc", "plcc", "rmse")}
+    for split, metrics in current_record(record).get("splits", {}).items():
+        row |= {f"{split}_{k}": metrics.get(k) for k in ("n", "srcc", "plcc", "rmse")}
     return row
 
 # %% ../../nbs/lab/runs.ipynb #f909ec0c
@@ -353,7 +362,7 @@ def publish_run(
     target.mkdir(parents=True, exist_ok=True)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     write_json(target / "config.json", {k: _short(v) for k, v in run["config"].items() if k not in MACHINE})
-    write_json(target / "record.json", {k: _short(v) for k, v in record.items()})
+    write_json(target / "record.json", {k: _short(v) for k, v in current_record(record).items()})
     if run["predictions"] is not None:
         write_whole(target / "predictions.csv", run["predictions"].to_csv(index=False, float_format="%.6g"))
     for name in ("environment.json", "metrics.jsonl", *extra):
@@ -619,6 +628,9 @@ def train_together(
 ) -> Devices:              # to be left in the end
     """Train a run to its end in this process, or in this one and the others that torchrun started. Busy where another
     process works on it; errors as of `Solver.fit`."""
+    from smart_iqa.frozen import FrozenFeed  # takes seconds to import, and who only starts kernels does without
+    from smart_iqa.training import CropFeed, Solver, make_model
+
     main, per_machine = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     folder, cfg, images = _named(arguments)
     if main:
@@ -647,6 +659,8 @@ def train_together(
 
 # %% ../../nbs/lab/runs.ipynb #11b40f5e
 def _main():
+    from smart_iqa.training import TrainingError
+
     _end_with_parent()
     try:
         train_together(sys.argv[1:]).leave()

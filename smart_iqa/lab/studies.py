@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..config import PROFILES, Config, check_names, make_config
 from ..data import load_set
-from .compare import part_of
+from .compare import rows_of
 from .runs import RunError, is_finished, planned_folder, read_run, run_digest
 from .workers import HOPELESS, Job, LiveTable, connect, run_jobs
 from ..metrics import ceiling_of
@@ -84,7 +84,7 @@ class Study:
     question: str = ""
     remakes: str = ""  # what of the paper or its repository
     arms: dict = field(default_factory=dict)  # profile to arms: name to parameters of `train`; the first is the control
-    part: str = "val"  # what is compared: val; test; or test_clean, without near-duplicates of training images
+    split: str = "val"  # what is compared: val; test; or test_clean, without near-duplicates of training images
     tuned: bool = False  # whether the whole network is trained
     changes: dict = field(default_factory=dict)  # profile to what differs from its recipe in all arms
     n_seeds: int | None = None  # use only so many of the seeds
@@ -327,7 +327,7 @@ def study_runs(
     if study.takes == "domains":
         return cross_runs(**cross_parameters(study, profile, recipe, seeds), root=root, **machine)
     planned = {a: arm_parameters(study, a, profile, recipe, root=root, **machine) for a in arms}
-    opened = dict(open_test=study.part != "val")
+    opened = dict(open_test=study.split != "val")
     return [
         Job("train", opened | given | dict(seed=seed), label=f"{arm}, seed {seed}", key=(arm, seed))
         for seed in seeds_of(profile, seeds)[: study.n_seeds]
@@ -462,7 +462,7 @@ class ArmRuns:
 
     arms: dict[str, dict]
     seeds: list[int]
-    part: str = "val"  # as of a Study
+    split: str = "val"  # as of a Study
     runs: dict = field(default_factory=dict)  # (arm, seed) to a finished run, as `read_run` gives it
     missing: dict = field(default_factory=dict)  # arm to the reason why some or all of its runs are not there
     about: str = ""  # what the table is called
@@ -481,9 +481,9 @@ class ArmRuns:
     @property
     def compared(self) -> str:
         "The split as records name it."
-        if self.part != "test_clean":
-            return self.part
-        return "test_clean" if any("test_clean" in run.get("parts", {}) for run in self.runs.values()) else "test"
+        if self.split != "test_clean":
+            return self.split
+        return "test_clean" if any("test_clean" in run.get("splits", {}) for run in self.runs.values()) else "test"
 
     @property
     def note(self) -> str | None:
@@ -496,7 +496,7 @@ class ArmRuns:
     @property
     def rows(self) -> pd.DataFrame:
         "The compared images of the first run."
-        return part_of(self.first["predictions"], self.compared)
+        return rows_of(self.first["predictions"], self.compared)
 
     @property
     def ceiling(self) -> dict | None:
@@ -531,7 +531,7 @@ def run_study(
     runnable = {job.arm: _plain(arms[job.arm], job) for job in jobs.values()}
     reasons = {a: c for a, c in arms.items() if isinstance(c, str)}
     wanted = seeds_of(profile, seeds)[: study.n_seeds]
-    result = ArmRuns(runnable, wanted, study.part, missing=reasons, about=study.title)
+    result = ArmRuns(runnable, wanted, study.split, missing=reasons, about=study.title)
     folders = {key: planned_folder(job.notebook, job.parameters, out, batch) for key, job in jobs.items()}
     done = {key for key, f in folders.items() if is_finished(f)}
     if only_finished:
