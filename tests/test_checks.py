@@ -24,7 +24,7 @@ from smart_iqa.config import make_config
 from smart_iqa.data import load_set
 from smart_iqa.images import load_image
 from smart_iqa.sets import FACTS
-from smart_iqa.splits import read_split, sketch
+from smart_iqa.splits import read_split, signature
 
 N = dict(train=26, val=6, test=8)
 
@@ -109,9 +109,9 @@ def test_each_picture_is_decoded_once(root, monkeypatch):
     }
 
 
-def test_sketch_of_a_look_is_the_sketch_of_the_picture(root):
+def test_signature_of_a_look_is_that_of_the_image(root):
     facts, (bits, thumb) = look(root / "p04.jpg")
-    want = sketch(load_image(root / "p04.jpg"))
+    want = signature(load_image(root / "p04.jpg"))
     assert bits == want[0] and (thumb == want[1]).all() and facts["width"] == 104 and facts["error"] == ""
 
 
