@@ -25,11 +25,11 @@ import pandas as pd
 from PIL import Image
 
 from .config import Config
+from .duplicates import NO_SIGNATURE, group_pairs, signature
 from .files import track
 from .data import load_set, read_set
 from smart_iqa.splits import (
-    NO_SIGNATURE, ImageSet, assign_splits, check_splits, duplicate_pairs, group_pairs, name_pairs, random_splits,
-    read_split, save_split, signature,
+    ImageSet, assign_splits, check_splits, duplicate_pairs, name_pairs, random_splits, read_split, save_split,
 )
 from .images import load_image
 from .sets import DataError, find_set, read_labels

@@ -20,10 +20,11 @@ import torch
 from .config import Config, make_config
 from .crops import PixelCache, build_cache, crop_batches, grid_plan, normalise, random_plan
 from .demo import DEMO_NOTE, RENDERED
+from .duplicates import group_pairs
 from .files import cache_dir
 from .sets import DataError, find_set, reader_of
 from smart_iqa.splits import (
-    ImageSet, assign_splits, check_leaks, check_splits, duplicate_pairs, group_pairs, name_pairs, settle,
+    ImageSet, assign_splits, check_leaks, check_splits, duplicate_pairs, name_pairs, settle,
 )
 
 # %% ../nbs/07_data.ipynb #45a86148

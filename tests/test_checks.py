@@ -22,9 +22,10 @@ from smart_iqa.checks import MAX_LINES, check_set, find_lines, look
 from smart_iqa.cli import main
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
+from smart_iqa.duplicates import signature
 from smart_iqa.images import load_image
 from smart_iqa.sets import FACTS
-from smart_iqa.splits import read_split, signature
+from smart_iqa.splits import read_split
 
 N = dict(train=26, val=6, test=8)
 
