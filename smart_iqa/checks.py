@@ -25,11 +25,11 @@ import pandas as pd
 from PIL import Image
 
 from .config import Config
+from .duplicates import NO_SIGNATURE, group_pairs, signature
 from .files import track
 from .data import load_set, read_set
 from smart_iqa.splits import (
-    NO_SKETCH, ImageSet, assign_splits, check_parts, duplicate_pairs, group_pairs, name_pairs, random_splits,
-    read_split, save_split, sketch,
+    ImageSet, assign_splits, check_splits, duplicate_pairs, name_pairs, random_splits, read_split, save_split,
 )
 from .images import load_image
 from .sets import DataError, find_set, read_labels
@@ -37,7 +37,7 @@ from .sets import DataError, find_set, read_labels
 # %% ../nbs/checks.ipynb #33fabaf5
 def look(
     path: str | Path,
-) -> tuple[dict, tuple]:  # facts of the file, sketch for `find_near_duplicates`
+) -> tuple[dict, tuple]:  # facts of the file, signature for `find_near_duplicates`
     "Read what one pass over a picture file tells; `error` is the reason why it cannot be used, else empty."
     facts = dict(bytes=0, digest="", format="", mode="", width=0, height=0, turned=False, error="")
     try:
@@ -49,16 +49,16 @@ def look(
             facts |= dict(format=head.format, mode=head.mode)
             with suppress(Exception):   # a damaged EXIF block turns nothing
                 facts["turned"] = head.getexif().get(274) in range(2, 9)
-        return facts, sketch(img)
+        return facts, signature(img)
     except (ValueError, OSError) as e:
-        return facts | dict(error=str(e).removeprefix(f"{path}: ")), NO_SKETCH
+        return facts | dict(error=str(e).removeprefix(f"{path}: ")), NO_SIGNATURE
 
 
 def look_at_all(
     images: ImageSet,
     threads: int | None = None,  # None: as many as there are cores, at most 8
     progress: bool = False,
-) -> tuple[pd.DataFrame, list]:  # the set's table with the facts of each file, and the sketches
+) -> tuple[pd.DataFrame, list]:  # the set's table with the facts of each file, and the signatures
     "Read and decode every file of a set once."
     paths = [images.path(i) for i in images.table.image]
     with warnings.catch_warnings(), ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
@@ -377,19 +377,19 @@ def default_split(
     return cfg
 
 
-def _published_parts(name: str) -> dict[str, int]:
+def _published_splits(name: str) -> dict[str, int]:
     "Read the sizes of the official split; empty for a set without any."
     sizes = find_set(name).official
-    return {} if isinstance(sizes, str) else {part: n for part, n in zip(("train", "val", "test"), sizes) if n}
+    return {} if isinstance(sizes, str) else {split: n for split, n in zip(("train", "val", "test"), sizes) if n}
 
 
 def _split_sizes(splits: pd.Series, published: dict[str, int]) -> str:
     "Write the sizes of a split beside the published ones: `train 7,058 of 7,058`."
     n = splits.fillna("(none)").value_counts()
     texts = []
-    for part in dict.fromkeys(("train", "val", "cal", "test", *n.index)):
-        if part in published or part in n:
-            texts.append(f"{part} {n.get(part, 0):,}" + (f" of {published[part]:,}" if part in published else ""))
+    for split in dict.fromkeys(("train", "val", "cal", "test", *n.index)):
+        if split in published or split in n:
+            texts.append(f"{split} {n.get(split, 0):,}" + (f" of {published[split]:,}" if split in published else ""))
     return ", ".join(texts)
 
 # %% ../nbs/checks.ipynb #split002
@@ -409,13 +409,13 @@ def _check_split(report: Report, images: ImageSet, cfg: Config, partial: bool, p
     try:
         if cfg.split.endswith(".csv"):
             t["split"] = read_split(cfg.split, t.image)
-        published = _published_parts(cfg.dataset) if cfg.split == "official" else {}
+        published = _published_splits(cfg.dataset) if cfg.split == "official" else {}
         report.facts["split"] = _split_sizes(t.split, published)
         splits = assign_splits(t, replace(cfg, split="official"), group_pairs(t.ref, pairs))
     except DataError as e:
         return report.add("split", [("", "", str(e))])
     try:
-        check_parts(replace(images, table=t.assign(split=splits)))
+        check_splits(replace(images, table=t.assign(split=splits)))
     except DataError as e:
         report.add("split", [("", "", str(e))], "warning" if partial else "problem")
 
@@ -479,9 +479,9 @@ def check_set(
         report.add("set", [("", "", str(e))])
         return report
     started = time.time()
-    report.files, sketches = look_at_all(images, threads, progress)
+    report.files, signatures = look_at_all(images, threads, progress)
     report.seconds = time.time() - started
-    pairs = duplicate_pairs(images, cfg, sketches=sketches)
+    pairs = duplicate_pairs(images, cfg, signatures=signatures)
     for check in (_check_counts, _check_names, _check_extra, _check_labels, _check_pixels):
         check(report, images, cfg, partial)
     _check_split(report, images, cfg, partial, pairs)

@@ -103,9 +103,9 @@ class DataFields:
     split: Literal["official", "paper", "random", "none"] | SplitFile = param(
         "official", "the set's own, the paper's lists, random, all as test, or a .csv file")
     split_seed: Whole = param(0, "seed of the random split, and of the validation split where the set has none")
-    val_fraction: Fraction = param(0.1, "part of the training images kept for validation, where the set has none")
-    test_fraction: Fraction = param(0.2, "part of all images that a random split keeps for the test")
-    cal_fraction: FractionOrZero = param(0.0, "part of the training images kept for calibrating intervals")
+    val_fraction: Fraction = param(0.1, "fraction of the training images kept for validation, where the set has none")
+    test_fraction: Fraction = param(0.2, "fraction of all images that a random split keeps for the test")
+    cal_fraction: FractionOrZero = param(0.0, "fraction of the training images kept for calibrating intervals")
     open_test: Flag = param(True, "report the test split; False while recipes are still being compared")
     group_duplicates: Flag = param(True, "keep near-duplicates on one side of random splits, mark those across others")
     leaks: Literal["auto", "error", "mark"] = param(
@@ -154,7 +154,7 @@ class LossFields:
     alpha: NotNegative = param(0.0, "weight of the pairwise ranking hinge added to the loss")
     margin: NotNegative = param(0.1, "margin of that hinge in points")
     teacher: Text | None = param(None, "CSV with image and pred (0-100): another model's scores of the training images")
-    teacher_weight: FractionOrZero = param(0.5, "part of the teacher in the training target; the rest is the score")
+    teacher_weight: FractionOrZero = param(0.5, "weight of the teacher in the training target; the rest is the score")
 
 # %% ../nbs/00_config.ipynb #3d29a5ff
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class OptimizationFields:
     head_lr_ratio: NotNegative = param(10.0, "learning rate of everything new, as a multiple of lr")
     weight_decay: NotNegative = param(2e-4, "weight decay of both groups")
     schedule: Literal["cosine", "step", "constant", "hyperiqa"] = param("cosine", "course of the learning rate")
-    eta_min: NotNegative = param(0.0, "where the cosine ends, as a part of each learning rate")
+    eta_min: NotNegative = param(0.0, "where the cosine ends, as a fraction of each learning rate")
     step_epochs: Count = param(6, "epochs between two divisions by 10 of the step schedule")
     warmup: NotNegative = param(0.0, "epochs of linear warm-up")
     epochs: Count = param(10, "passes through the training images")
@@ -231,12 +231,12 @@ def _nearest(
 def check_names(
     names,    # names that somebody used
     known,    # names that exist
-    what: str = "parameter",
+    kind: str = "parameter",
 ):
     "Raise a ValueError that names the first unknown one and the closest known ones."
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {what} {name!r}{_nearest(name, known, 3) or '; known: ' + ', '.join(known)}")
+            raise ValueError(f"unknown {kind} {name!r}{_nearest(name, known, 3) or '; known: ' + ', '.join(known)}")
 
 
 def advice(

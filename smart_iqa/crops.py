@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .config import fingerprint
-from .splits import ImageSet, check_parts, settle
+from .splits import ImageSet, check_splits, settle
 from .images import grid_shape, pixels_or_reason
 from .files import cache_dir, locked, move, track, write_whole
 
@@ -141,7 +141,7 @@ def _leave_out(images: ImageSet, bad: pd.DataFrame):
     images.table = images.table[~images.table.image.isin(bad.image)].reset_index(drop=True)
     if len(bad):
         images.skipped = pd.concat([images.skipped, bad], ignore_index=True)
-        check_parts(images, expected)
+        check_splits(images, expected)
 
 # %% ../nbs/06_crops.ipynb #ab497bba
 def grid_positions(

@@ -117,7 +117,7 @@ def prepare(cfg):
     """Image set, pixel cache, feed and model of a configuration, as a run makes them."""
     images = load_set(cfg)
     cache = build_cache(images, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
-    model = make_model(cfg, float(images.part("train").score.mean()))
+    model = make_model(cfg, float(images.rows("train").score.mean()))
     return images, CropFeed(cache, images.table, cfg, torch.device("cpu")), model
 
 

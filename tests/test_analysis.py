@@ -156,10 +156,10 @@ def test_a_changed_prediction_changes_the_table(two, tmp_path):
 @pytest.mark.parametrize(
     "change, why",
     [
-        (dict(predictions=lambda t: t.head(190)), "other: its test pictures"),
+        (dict(predictions=lambda t: t.head(190)), "other: its test images"),
         (
             dict(predictions=lambda t: t.assign(score=t.score.where(t.index != 3, 50))),
-            "other: its test pictures or their scores",
+            "other: its test images or their scores",
         ),
         (dict(config=dict(lr=1)), r"other: is of another configuration than s0 \(lr\)"),
         (dict(seed=0), "one seed"),
@@ -294,7 +294,7 @@ def test_a_notebook_leaves_what_the_report_reads(demo, name):
 def test_the_tables_are_of_the_predictions(demo):
     """Computed here once more from predictions.csv."""
     p = read_run(demo["run"])["predictions"].query("split == 'test'")
-    went = pd.read_csv(demo["attention"] / "tables" / "correlations.csv").query("seed == 'mean'").set_index("what")
+    went = pd.read_csv(demo["attention"] / "tables" / "correlations.csv").query("seed == 'mean'").set_index("quantity")
     assert went.rho["stage 3"] == pytest.approx(stats.spearmanr(p.a3, p.score)[0]) and went.low.isna().all()
     bias = pd.read_csv(demo["errors"] / "tables" / "by_quality.csv")
     assert (bias.n * bias.bias).sum() == pytest.approx((p.pred - p.score).sum())

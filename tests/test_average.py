@@ -72,11 +72,11 @@ def test_average_is_the_mean_and_a_run_like_any_other(runs):
     )
     run = read_run(folder)
     assert run["average_of"] == [f.name for f in two] and set(run["predictions"].split) == {"val"}
-    assert run["parts"]["val"]["srcc"] == pytest.approx(srcc(run["predictions"].pred, run["predictions"].score))
+    assert run["splits"]["val"]["srcc"] == pytest.approx(srcc(run["predictions"].pred, run["predictions"].score))
     opened = read_run(
         execute("evaluate", dict(checkpoint=str(folder), threads=1, cache=str(out / "cache")), out=out, echo=None)
     )
-    assert opened["parts"]["test"]["n"] == 8
+    assert opened["splits"]["test"]["n"] == 8
 
 
 def test_runs_with_other_starts_are_refused(runs):
@@ -116,7 +116,7 @@ def test_runs_on_other_splits_are_refused(runs, tmp_path):
 
 def test_evaluate_marks_near_duplicates_of_the_models_own_pictures(standin, tmp_path):
     """Trained on even pictures and tested on odd ones: a copy of a training picture is marked, one of the target's own
-    training part is not."""
+    training split is not."""
     root = tmp_path / "set"
     shutil.copytree(standin, root)
     labels = pd.read_csv(root / "labels.csv")
@@ -129,7 +129,7 @@ def test_evaluate_marks_near_duplicates_of_the_models_own_pictures(standin, tmp_
     labels.loc[labels.image == other[0], "split"] = "test"
     labels.loc[labels.image == other[1], "split"] = "test"
     shutil.copy(root / trained, root / other[0])    # met in training
-    shutil.copy(root / other[2], root / other[1])   # its twin is in a training part that this model never saw
+    shutil.copy(root / other[2], root / other[1])   # its twin is in a training split that this model never saw
     labels.to_csv(root / "labels.csv", index=False)
     common = {k: v for k, v in asdict(small_config(root)).items() if k in KEEP} | dict(
         profile="lite",

@@ -86,11 +86,9 @@ def results(out):
             else pd.DataFrame()
         )
         table = (folder / "predictions.csv").read_text() if (folder / "predictions.csv").exists() else ""
-        for part in record.get(
-            "parts", {}
-        ).values():  # of the predictions, which are compared too; four parameters through 8 pictures are not one curve
-            for k in ("plcc_fitted", "rmse_fitted", "fit"):
-                part.pop(k, None)
+        for metrics in record.get("splits", {}).values():
+            for k in ("plcc_fitted", "rmse_fitted", "fit"):  # four parameters through 8 images are not one curve
+                metrics.pop(k, None)
         found[name] = (
             {k: v for k, v in record.items() if k != "seconds"},
             history.drop(columns=["seconds", "val_seconds"], errors="ignore").to_csv(),
@@ -337,7 +335,7 @@ def test_who_looks_on_shows_the_present_and_hides_nothing(tmp_path):
     folder, said = planned_folder(nb, {}, tmp_path), []
     folder.mkdir(parents=True)
     (folder / "progress.json").write_text(
-        json.dumps(dict(what="scoring test", done=90, total=100, seconds=900.0, initial=0))
+        json.dumps(dict(step="scoring test", done=90, total=100, seconds=900.0, initial=0))
     )
     (folder / "metrics.jsonl").write_text('{"epoch": 1\n{"epoch": 2}\n')
     with pytest.raises(RunError, match="the reason"):

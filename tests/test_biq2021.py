@@ -27,11 +27,11 @@ needs_koniq = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def labels():
     """The two label files, read without our reader."""
-    parts = [
-        pd.read_csv(ROOT / f"{s.title()} (Images and MOS).csv", usecols=["Image Name", "MOS"]).assign(part=s)
+    lists = [
+        pd.read_csv(ROOT / f"{s.title()} (Images and MOS).csv", usecols=["Image Name", "MOS"]).assign(split=s)
         for s in ("train", "test")
     ]
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(lists, ignore_index=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,15 @@ def biq(cache):
 
 @needs_biq
 def test_splits(biq, labels):
-    """The official test part as it is; a tenth of the official training part becomes the validation part."""
-    official = labels.part.value_counts()
-    parts = biq.table.split.value_counts()
+    """The official test split as it is; a tenth of the official training split becomes the validation split."""
+    official = labels.split.value_counts()
+    counts = biq.table.split.value_counts()
     assert (official.train, official.test) == (5200, 1000), (
         "another excerpt of BIQ2021: the counts below are not its own"
     )
-    assert parts.test == 1000 and parts.val == 520 and parts.train == 4680 and not len(biq.skipped)
-    test = {f"Images/{n}".lower() for n in labels["Image Name"][labels.part == "test"]}
-    assert {i.lower() for i in biq.part("test").image} == test
+    assert counts.test == 1000 and counts.val == 520 and counts.train == 4680 and not len(biq.skipped)
+    test = {f"Images/{n}".lower() for n in labels["Image Name"][labels.split == "test"]}
+    assert {i.lower() for i in biq.rows("test").image} == test
 
 
 @needs_biq
@@ -93,8 +93,8 @@ def test_validation_part_depends_on_its_seed_alone(cache, biq):
     cfg = make_config("lite", root=str(ROOT), cache=cache, group_duplicates=False)
     assert load_set(cfg).table.equals(biq.table)
     other = load_set(make_config("lite", root=str(ROOT), cache=cache, group_duplicates=False, split_seed=1)).table
-    assert set(other.image[other.split == "test"]) == set(biq.part("test").image)
-    assert set(other.image[other.split == "val"]) != set(biq.part("val").image)
+    assert set(other.image[other.split == "test"]) == set(biq.rows("test").image)
+    assert set(other.image[other.split == "val"]) != set(biq.rows("val").image)
 
 
 @needs_biq
@@ -145,8 +145,8 @@ def test_koniq_official_split(koniq, cache):
 @needs_koniq
 def test_koniq_paper_split(koniq, cache):
     found = load_set(make_config("paper", root=str(koniq), cache=cache, split="paper", group_duplicates=False))
-    parts = found.table.split.value_counts()
-    assert parts.train == 7046 and parts.test == 2010
+    counts = found.table.split.value_counts()
+    assert counts.train == 7046 and counts.test == 2010
     assert (
         not {Path(i).stem for i in found.table.image} & set(KONIQ_PAPER_LEAVES_OUT)
         and len(set(KONIQ_PAPER_LEAVES_OUT)) == 17
@@ -161,7 +161,7 @@ def test_koniq_random_split(koniq, cache):
         table = load_set(
             make_config("paper", root=str(koniq), cache=cache, split="random", split_seed=seed, group_duplicates=False)
         ).table
-        parts = table.split.value_counts()
-        assert abs(parts.test - 0.2 * 10073) < 2 and abs(parts.val - 0.1 * 0.8 * 10073) < 2 and parts.sum() == 10073
+        counts = table.split.value_counts()
+        assert abs(counts.test - 0.2 * 10073) < 2 and abs(counts.val - 0.1 * 0.8 * 10073) < 2 and counts.sum() == 10073
         seen.add(frozenset(table.image[table.split == "test"]))
     assert len(seen) == 3

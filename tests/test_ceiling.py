@@ -98,7 +98,7 @@ def test_unknown_is_none_and_wrong_is_an_error():
     not KONIQ.is_file(), reason="KonIQ-10k's score file is not at hand (SMART_IQA_DATA or ../shared/data)"
 )
 def test_koniq():
-    """The official test part: the ceiling lies above .99, for the stretched MOS and for the plain mean of the votes, so
+    """The official test split: the ceiling lies above .99, for the stretched MOS and the plain mean of the votes, so
     noise does not keep models at .93."""
     t = pd.read_csv(KONIQ).query("set == 'test'")
     given = dict(std=25 * t.SD, votes=t.c_total)  # opinions of 1-5

@@ -22,9 +22,10 @@ from smart_iqa.checks import MAX_LINES, check_set, find_lines, look
 from smart_iqa.cli import main
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
+from smart_iqa.duplicates import signature
 from smart_iqa.images import load_image
 from smart_iqa.sets import FACTS
-from smart_iqa.splits import read_split, sketch
+from smart_iqa.splits import read_split
 
 N = dict(train=26, val=6, test=8)
 
@@ -40,7 +41,7 @@ def sound(tmp_path_factory):
     for k in range(40):
         picture(k, 96 + 8 * (k % 3), 80, 4).save(root / f"p{k:02d}.jpg", quality=92)
     mos = np.random.default_rng(3).uniform(1.2, 4.8, 40).round(2)
-    split = [part for part, n in N.items() for _ in range(n)]
+    split = [name for name, n in N.items() for _ in range(n)]
     pd.DataFrame(dict(image=[f"p{k:02d}.jpg" for k in range(40)], mos=mos, split=split)).to_csv(
         root / "labels.csv", index=False
     )
@@ -109,9 +110,9 @@ def test_each_picture_is_decoded_once(root, monkeypatch):
     }
 
 
-def test_sketch_of_a_look_is_the_sketch_of_the_picture(root):
+def test_signature_of_a_look_is_that_of_the_image(root):
     facts, (bits, thumb) = look(root / "p04.jpg")
-    want = sketch(load_image(root / "p04.jpg"))
+    want = signature(load_image(root / "p04.jpg"))
     assert bits == want[0] and (thumb == want[1]).all() and facts["width"] == 104 and facts["error"] == ""
 
 
@@ -221,7 +222,7 @@ DAMAGES = [
     ),
     (twice, "twice", "problem", ("labels.csv line 5 and line 19: p03.jpg: named twice", "delete the rows")),
     (constant, "constant", "problem", ("all 40 labels are 3", "--score-column")),
-    (no_test, "split", "problem", ("the test part has 0 images", "--split random")),
+    (no_test, "split", "problem", ("the test split has 0 images", "--split random")),
     (typo_in_split, "split", "problem", ("trian",)),
     (half_a_split, "split", "problem", ("2 of 40 images have no official split",)),
     (references, "reference", "problem", ("wall: in the test split and outside of it",)),
@@ -387,7 +388,7 @@ def test_part_without_a_test_part(biq, run):
     (biq / "Test (Images and MOS).csv").write_text("Image Name,MOS\nss01 (20).jpg,0.5\n")
     assert run("check", "biq2021", biq, "--quiet")[0] == 1
     code, out, _ = run("check", "biq2021", biq, "--quiet", "--partial")
-    assert code == 0 and "the test part has 1 images" in out
+    assert code == 0 and "the test split has 1 images" in out
 
 
 def test_more_than_published(biq, monkeypatch):
@@ -422,7 +423,7 @@ def test_include_is_a_part_that_was_asked_for(biq, run):
     fail."""
     words = ("check", "biq2021", biq, "--quiet", "--include", "*/ss01*")
     code, out, _ = run(*words)
-    assert code == 1 and "NOT FINE: split 1" in out and "the val part has 1 images" in out
+    assert code == 1 and "NOT FINE: split 1" in out and "the val split has 1 images" in out
     code, out, _ = run(*words, "--partial")
     assert code == 0 and "13 can be used" in out and "without a label" not in out and "of the set, a part" not in out
 

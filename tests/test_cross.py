@@ -133,7 +133,7 @@ def test_a_record_that_contradicts_its_predictions_is_refused(grid):
     """A number edited in record.json alone is an error that names the run, not a table."""
     path = grid["sharp", "pets"][0] / "record.json"
     record = json.loads(path.read_text())
-    record["parts"]["test"]["srcc"] += 0.01
+    record["splits"]["test"]["srcc"] += 0.01
     write_json(path, record)
     with pytest.raises(ValueError, match="sharp-0: the record says SRCC"):
         cross_cells(load(grid))

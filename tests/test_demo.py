@@ -65,7 +65,7 @@ def test_demo_record(demo):
         "run.ipynb",
     }
     assert not (folder / "resume.pt").exists()
-    assert run["parts"]["test"]["srcc"] > 0.6 and run["note"] == DEMO_NOTE
+    assert run["splits"]["test"]["srcc"] > 0.6 and run["note"] == DEMO_NOTE
     assert run["best_epoch"] == run["history"].set_index("epoch").val_srcc.idxmax()
     p = run["predictions"]
     assert {"pred", "pred_std", "a1", "a2", "a3", "a4", "baseline", "near_duplicate"} <= set(p.columns)
@@ -125,11 +125,11 @@ def test_the_baseline_notebook_repeats_the_runs_own_baseline(demo, cache, tmp_pa
 
 @pytest.mark.slow
 def test_two_scenes_give_no_interval(demo):
-    """The demo's test part has two photographs: its record claims no interval and no significance."""
+    """The demo's test split has two photographs: its record claims no interval and no significance."""
     run = read_run(next(demo[1].glob("demo/*/")))
     assert (
-        run["parts"]["test"]["resampled"] == "nothing"
-        and "srcc_low" not in run["parts"]["test"]
+        run["splits"]["test"]["resampled"] == "nothing"
+        and "srcc_low" not in run["splits"]["test"]
         and "test" not in run["comparison"]
     )
 

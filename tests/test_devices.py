@@ -52,9 +52,9 @@ def batches(*a):
 
 def fit_and_tell(self):
     done = fit(self)
-    for part, crops in (("val", 3), ("test", 1)):
-        told = solver.predict(self.model, self.feed, part, crops, devices=self.devices)
-        told.to_csv(self.folder / f"{part}-{self.devices.rank}.csv", index=False)
+    for split, crops in (("val", 3), ("test", 1)):
+        told = solver.predict(self.model, self.feed, split, crops, devices=self.devices)
+        told.to_csv(self.folder / f"{split}-{self.devices.rank}.csv", index=False)
     return done
 
 CropFeed.train_batches, solver.Solver.fit = batches, fit_and_tell
@@ -87,7 +87,7 @@ def alone(folder, batches=None):
     cfg = make_config(**json.loads((folder / "config.json").read_text()))
     found = load_set(cfg)
     cache = build_cache(found, cfg.size, cfg.fit, cfg.cache)
-    model = make_model(cfg, float(found.part("train").score.mean()))
+    model = make_model(cfg, float(found.rows("train").score.mean()))
     feed = (FrozenFeed if cfg.frozen else CropFeed)(
         *([model] if cfg.frozen else []), cache, found.table, cfg, torch.device("cpu")
     )
@@ -166,14 +166,14 @@ def test_two_processes_train_as_one(case, pairs):
 
 
 @pytest.mark.parametrize("case", ["l1", "frozen"])
-@pytest.mark.parametrize("part, crops", [("val", 3), ("test", 1)])
-def test_each_picture_is_scored_once(case, part, crops, pairs):
+@pytest.mark.parametrize("split, crops", [("val", 3), ("test", 1)])
+def test_each_picture_is_scored_once(case, split, crops, pairs):
     """Both processes get the table that one gets: every picture once, in order, with the same numbers."""
     folder = pairs[0] / "two" / case
     solver = alone(folder)  # all epochs are done: it takes the best
-    expected = predict(solver.model, solver.feed, part, crops)
+    expected = predict(solver.model, solver.feed, split, crops)
     for rank in (0, 1):
-        told = pd.read_csv(folder / f"{part}-{rank}.csv")
+        told = pd.read_csv(folder / f"{split}-{rank}.csv")
         assert list(told.image) == list(expected.image)
         assert np.allclose(told[["pred", "pred_std"]], expected[["pred", "pred_std"]], atol=1e-3, equal_nan=True)
 
@@ -314,7 +314,7 @@ def test_the_notebook_after_torchrun(tmp_path, standin):
     with without_kernels():
         one, two = (execute("train", given, out=tmp_path / n, echo=None) for n in "12")
     records = [json.loads((f / "record.json").read_text()) for f in (one, two)]
-    assert one.name == two.name and np.isclose(*(r["parts"]["test"]["srcc"] for r in records), atol=1e-4)
+    assert one.name == two.name and np.isclose(*(r["splits"]["test"]["srcc"] for r in records), atol=1e-4)
     assert np.allclose(curve(two), curve(one), rtol=1e-4, atol=1e-4)
     assert json.loads((two / "environment.json").read_text())["processes"] == 2
     with socket.socket() as s:

@@ -564,7 +564,7 @@ def test_configuration_with_nonsense(name, value, folder):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_tiny_set(size, tmp_path):
-    """A handful of pictures is trained on, or refused with a word about the part that is too small; never a crash after
+    """A handful of images is trained on, or refused with a word about the split that is too small; never a crash after
     an epoch."""
     write_set(tmp_path / "s", splits=["train"] * size)
     relabel(tmp_path / "s", lambda t: t.drop(columns="split"))

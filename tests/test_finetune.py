@@ -75,7 +75,7 @@ def tuned(mine, start, tmp_path_factory, no_kernels):
 
 def test_finetune_learns(tuned):
     run = read_run(tuned)
-    before, after = run["before"]["test"]["srcc"], run["parts"]["test"]["srcc"]
+    before, after = run["before"]["test"]["srcc"], run["splits"]["test"]["srcc"]
     assert after > 0.9 and after > before
     assert run["difference"]["low"] > 0 and set(run["predictions"].split) == {"val", "cal", "test"}
 
@@ -157,10 +157,10 @@ def test_evaluate_opens_test_and_calibrates_then_package(taught, mine):
         "package", dict(evaluation=str(folder), to=str(file), title="packed", root=quick["root"], check=10), out=out
     )
     scorer = create_scorer(file, device="cpu")
-    assert scorer.info["measured"]["test"]["srcc"] == evaluated["parts"]["test"]["srcc"] and scorer.policy == Policy(
+    assert scorer.info["measured"]["test"]["srcc"] == evaluated["splits"]["test"]["srcc"] and scorer.policy == Policy(
         96, "short", 64, 2
     )
-    assert str(evaluated["parts"]["test"]["n"]) in file.with_suffix(".md").read_text()
+    assert str(evaluated["splits"]["test"]["n"]) in file.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow

@@ -56,10 +56,10 @@ def folder(standin, tmp_path):
 
 
 def relabel(folder, split, change):
-    """Change the scores of one part by a function of them."""
+    """Change the scores of one split by a function of them."""
     frame = pd.read_csv(folder / "labels.csv")
-    part = frame.split == split
-    frame.loc[part, "score"] = np.asarray(change(frame.score[part]))
+    rows = frame.split == split
+    frame.loc[rows, "score"] = np.asarray(change(frame.score[rows]))
     frame.to_csv(folder / "labels.csv", index=False)
 
 
@@ -299,9 +299,9 @@ def test_test_labels_do_not_reach_the_weights(folder, tmp_path):
 
 @pytest.mark.parametrize("protocol, chosen_on, other", [("default", "val", "test"), ("legacy", "test", "val")])
 def test_part_that_chooses_the_epoch(protocol, chosen_on, other, folder, tmp_path):
-    """Turned round, the labels of the choosing part turn best into worst; they never reach a gradient.
+    """Turned round, the labels of the choosing split turn best into worst; they never reach a gradient.
 
-    The other part's do nothing."""
+    The other split's do nothing."""
     cfg = small_config(folder, epochs=5, lr=3e-3, protocol=protocol, fit="short", test_positions="grid")
     solver, done, _ = train(cfg, tmp_path / "a")
     assert solver.history[done["best_epoch"] - 1]["val_srcc"] == max(r["val_srcc"] for r in solver.history)
@@ -318,15 +318,15 @@ def test_part_that_chooses_the_epoch(protocol, chosen_on, other, folder, tmp_pat
     assert train(cfg, tmp_path / "c")[1]["best_epoch"] == done["best_epoch"]
 
 
-@pytest.mark.parametrize("protocol, part", [("default", "val"), ("legacy", "test")])
-def test_parts_that_training_looks_at(protocol, part, standin, tmp_path, monkeypatch):
-    """By default the test part is not even scored while training."""
+@pytest.mark.parametrize("protocol, split", [("default", "val"), ("legacy", "test")])
+def test_splits_that_training_looks_at(protocol, split, standin, tmp_path, monkeypatch):
+    """By default the test split is not even scored while training."""
     seen = []
     monkeypatch.setattr(
         "smart_iqa.training.predict", lambda m, f, split, *a, **k: seen.append(split) or predict(m, f, split, *a, **k)
     )
     train(small_config(standin, protocol=protocol, size=64, crop=64), tmp_path)
-    assert seen == [part] * 2
+    assert seen == [split] * 2
 
 
 # -- published defects, one at a time ----------------------------------------------------------------------------------

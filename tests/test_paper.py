@@ -88,7 +88,7 @@ def test_validation_sweeps_keep_the_test_part_shut(first):
 
 @pytest.mark.slow
 def test_two_scenes_claim_nothing(first):
-    """The demo's validation part has two photographs: no intervals, no p-values."""
+    """The demo's validation split has two photographs: no intervals, no p-values."""
     table = arm_table(first)
     assert table[["srcc_low", "low", "p", "p_holm"]].isna().all(axis=None) and "[" not in readable(table).SRCC[0]
     arms_figure(table)
@@ -110,7 +110,7 @@ def test_a_changed_record_changes_table_and_figure_and_is_told(batch, first):
     folder = Path(first.runs["l1", 0]["folder"])
     kept, digest = (folder / "record.json").read_text(), run_digest(folder)
     record = json.loads(kept)
-    record["parts"]["val"]["srcc"] += 0.1
+    record["splits"]["val"]["srcc"] += 0.1
     try:
         (folder / "record.json").write_text(json.dumps(record))
         changed = arm_table(sweep(batch))

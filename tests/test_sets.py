@@ -556,7 +556,7 @@ def paper_list(path, short, names, scores, prefix="{}_test/"):
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("place", ["beside", "subfolder", "usual folder", "root"])
 def test_paper_list(tmp_path, name, place):
-    """A folder with a list and pictures: all of it is the test part, on the set's scale."""
+    """A folder with a list and pictures: all of it is the test split, on the set's scale."""
     short, names, (worst, best) = LISTS[name]
     scores = np.linspace(worst + 0.1 * (best - worst), best, 40)
     home = {

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_PIXELS', 'COLUMNS', 'SORTS', 'picture_suffixes', 'PictureFile', 'printable', 'find_pictures', 'split_names',
-           'model_id', 'Journal', 'read_scores', 'score_files', 'pick_rows', 'table_text', 'write_maps',
-           'contact_sheet']
+           'model_id', 'Journal', 'read_scores', 'score_files', 'pick_rows', 'table_text', 'write_maps', 'thumbnail',
+           'sheet_card', 'score_meaning', 'sheet_head', 'sheet_failures', 'contact_sheet']
 
 # %% ../../nbs/app/folders.ipynb #48a9e0b7
 import base64
@@ -490,20 +490,19 @@ li{overflow-wrap:anywhere;margin:.2rem 0}
 """
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>Picture quality</title><style>{style}</style></head><body>
-<h1>Picture quality, best first</h1>
+<title>{title}</title><style>{style}</style></head><body>
+<h1>{title}</h1>
 <p class="dim">{count}</p>
-<p>{meaning}</p>
+{paragraphs}
 <details><summary>The model</summary><dl>{card}</dl></details>
-<main>
 """
 _CARD = """<figure><div class="pic">{img}</div><figcaption><b>{score:.1f}</b><span class="dim">{interval}</span>
 <div class="bar">{bar}<u style="left:{place:.1f}%"></u></div>{name}<br>
-<small>{width} × {height}</small></figcaption></figure>
+<small>{width} × {height}{note}</small></figcaption></figure>
 """
 
 # %% ../../nbs/app/folders.ipynb #sheetcrd
-def _thumbnail(path: str, side: int = 320) -> tuple[str, int, int] | None:
+def thumbnail(path: str, side: int = 320) -> tuple[str, int, int] | None:
     "Make a small JPEG: base64, width, height; None where the picture cannot be read."
     try:
         img = load_image(path, draft=2 * side)
@@ -514,38 +513,42 @@ def _thumbnail(path: str, side: int = 320) -> tuple[str, int, int] | None:
     return base64.b64encode(out.getvalue()).decode(), *img.size
 
 
-def _card(row, thumbnail: tuple[str, int, int] | None) -> str:
-    "Write one picture of the sheet."
+def sheet_card(row, small: tuple[str, int, int] | None, note: str = "") -> str:
+    "Write one picture of a sheet: a row of a table, its thumbnail, a word about it."
     name, img, bar, interval = html.escape(printable(row.file)), "the picture is gone", "", ""
     if not math.isnan(row.low):
         interval = f"{row.low:.0f} to {row.high:.0f}"
         bar = f'<i style="left:{row.low:.1f}%;width:{row.high - row.low:.1f}%"></i>'
-    if thumbnail:
-        data, w, h = thumbnail
+    if small:
+        data, w, h = small
         img = f'<img src="data:image/jpeg;base64,{data}" width="{w}" height="{h}" alt="{name}">'
     return _CARD.format(img=img, score=row.score, interval=interval, bar=bar, place=min(max(row.score, 0), 100),
-                        name=name, width=row.width, height=row.height)
+                        name=name, width=row.width, height=row.height, note=html.escape(f", {note}" if note else ""))
 
 # %% ../../nbs/app/folders.ipynb #sheethed
-def _head(frame: pd.DataFrame, scored: pd.DataFrame, info: dict) -> str:
-    "Write the title, what the numbers mean, and the model's card."
-    level = scored.level.iloc[0] if len(scored) else math.nan
+def score_meaning(frame: pd.DataFrame) -> str:
+    "Say what the numbers of a table mean."
+    level = frame.level.max() if len(frame) else math.nan
     meaning = ("A score from 0 to 100, higher is better, estimates how good people would find the picture on average "
                "when they look at it on a screen: sharpness, noise, light, compression, general look. It is not a "
                "measure of what the picture shows.")
     if not math.isnan(level):
         meaning += (f" The interval is made to hold people's mean opinion for {100 * level:g} % of pictures like those "
                     "that the model was calibrated on.")
+    return meaning
+
+
+def sheet_head(frame: pd.DataFrame, title: str, count: str, paragraphs: list[str], info: dict) -> str:
+    "Write the title of a sheet, what it shows, and the model's card."
     facts = {k: v for k, v in info.items() if k != "name" and isinstance(v, (str, int, float))}
     facts = {"model": ", ".join(sorted(set(frame.model))), **facts}
     card = "".join(f"<dt>{html.escape(str(k).replace('_', ' '))}</dt><dd>{html.escape(str(v))}</dd>"
                    for k, v in facts.items())
-    count = f"{len(scored)} pictures" + (f", mean {scored.score.mean():.1f}" if len(scored) else "")
-    count += f", {len(frame) - len(scored)} that could not be scored" if len(scored) < len(frame) else ""
-    return _HEAD.format(style=_STYLE, count=count, meaning=meaning, card=card)
+    text = "\n".join(f"<p>{html.escape(p, quote=False)}</p>" for p in paragraphs)
+    return _HEAD.format(style=_STYLE, title=title, count=count, paragraphs=text, card=card)
 
 
-def _failures(frame: pd.DataFrame) -> str:
+def sheet_failures(frame: pd.DataFrame) -> str:
     "List the files that could not be scored; nothing where there are none."
     failed = frame[frame.error != ""]
     lines = [html.escape(printable(f"{r.file}: {r.error}")) for r in failed.itertuples()]
@@ -563,10 +566,13 @@ def contact_sheet(
     "Write one HTML page with all pictures, best first, and the failures at the end. It needs no network."
     paths = dict(zip(frame.file, (f.path for f in files) if files else frame.file))
     scored = pick_rows(frame, "score")
+    count = f"{len(scored)} pictures" + (f", mean {scored.score.mean():.1f}" if len(scored) else "")
+    count += f", {len(frame) - len(scored)} that could not be scored" if len(scored) < len(frame) else ""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as page, ThreadPoolExecutor(2) as pool:
-        page.write(_head(frame, scored, info or {}))
-        thumbnails = ahead(pool, _thumbnail, (paths[f] for f in scored.file), 8)
-        for row, thumbnail in track(zip(scored.itertuples(), thumbnails), len(scored), "contact sheet", progress):
-            page.write(_card(row, thumbnail))
-        page.write(f"</main>\n{_failures(frame)}</body></html>\n")
+        page.write(sheet_head(frame, "Picture quality, best first", count, [score_meaning(scored)], info or {}))
+        page.write("<main>\n")
+        thumbnails = ahead(pool, thumbnail, (paths[f] for f in scored.file), 8)
+        for row, small in track(zip(scored.itertuples(), thumbnails), len(scored), "contact sheet", progress):
+            page.write(sheet_card(row, small))
+        page.write(f"</main>\n{sheet_failures(frame)}</body></html>\n")

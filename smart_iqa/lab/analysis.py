@@ -31,7 +31,7 @@ from ..crops import normalise
 from ..data import read_set
 from ..images import ImageError, pixels_or_reason
 from . import figures
-from .compare import PART_NAMES, all_of, claim, corrected, part_of, resampling_of, verdict
+from .compare import SPLIT_NAMES, all_of, claim, corrected, rows_of, resampling_of, verdict
 from .figures import with_interval
 from .runs import config_of, read_run, run_digest
 from .experiment import write_experiment
@@ -43,7 +43,7 @@ class SeedRuns:
     "Finished runs of one configuration, one per seed, and their predictions of the same images in one order."
 
     runs: list[dict]  # as `read_run` gives them, by seed
-    part: str  # test_clean, test or val
+    split: str  # test_clean, test or val
     frames: list[pd.DataFrame]  # predictions of that split, a frame per run, rows sorted by image name
     n_boot: int = 1000  # bootstrap resamples
 
@@ -60,7 +60,7 @@ class SeedRuns:
         return self.labels.score.to_numpy(float)
 
     @property
-    def resampled(self) -> str:  # "pictures", "scenes", or "nothing": too few scenes for any interval
+    def resampled(self) -> str:  # "images", "scenes", or "nothing": too few scenes for any interval
         return resampling_of(self.labels)
 
     @property
@@ -95,12 +95,12 @@ class SeedRuns:
 def caption_of_seeds(runs: SeedRuns) -> str:
     "Say what every caption has to say: set, split, n, seeds, what the intervals are over, and the set's note."
     first, scenes = runs.runs[0], runs.labels.ref.nunique()
-    where = f"{first['method']} on {first['dataset']}, {PART_NAMES[runs.part]}, n = {len(runs.labels):,} pictures"
+    where = f"{first['method']} on {first['dataset']}, {SPLIT_NAMES[runs.split]}, n = {len(runs.labels):,} images"
     seeds = f"mean over {len(runs.runs)} seeds" if len(runs.runs) > 1 else f"seed {runs.seeds[0]}"
     if runs.resampled == "nothing":
         sure = f"only {scenes} scenes, so no intervals are given"
     else:
-        sure = f"95 % bootstrap intervals over {'pictures' if runs.resampled == 'pictures' else f'{scenes} scenes'}"
+        sure = f"95 % bootstrap intervals over {'images' if runs.resampled == 'images' else f'{scenes} scenes'}"
     return f"{where}; {seeds}; {sure}. {runs.note}".strip()
 
 # %% ../../nbs/lab/analysis.ipynb #1dadcf87
@@ -117,7 +117,7 @@ def _same_configuration(runs: list[dict]):
         raise ValueError("two of the runs have one seed: " + ", ".join(f"{r['run_id']} ({r['seed']})" for r in runs))
 
 
-def _headline_part(predictions: pd.DataFrame) -> str:
+def _headline_split(predictions: pd.DataFrame) -> str:
     "The first of test_clean, test and val that there is."
     if not (predictions.split == "test").any():
         return "val"
@@ -127,7 +127,7 @@ def _headline_part(predictions: pd.DataFrame) -> str:
 # %% ../../nbs/lab/analysis.ipynb #171f6fcc
 def open_seeds(
     runs: str | Sequence | None,  # folders of finished train runs, separated by commas or as a list
-    part: str | None = None,  # test_clean, test or val; None: the first of these that there is
+    split: str | None = None,  # test_clean, test or val; None: the first of these that there is
     n_boot: int = 1000,  # bootstrap resamples
 ) -> SeedRuns:
     """Read finished runs of one configuration.
@@ -143,14 +143,14 @@ def open_seeds(
     read = sorted((read_run(f) for f in folders), key=lambda r: r["seed"])
     _same_configuration(read)
     first = read[0]["run_id"]
-    part = part or _headline_part(read[0]["predictions"])
-    frames = [part_of(r["predictions"], part).sort_values("image", ignore_index=True) for r in read]
+    split = split or _headline_split(read[0]["predictions"])
+    frames = [rows_of(r["predictions"], split).sort_values("image", ignore_index=True) for r in read]
     for r, f in zip(read, frames):
         if not f.image.equals(frames[0].image) or not np.allclose(f.score, frames[0].score):
-            raise ValueError(f"{r['run_id']}: its {part} pictures or their scores are not those of {first}")
+            raise ValueError(f"{r['run_id']}: its {split} images or their scores are not those of {first}")
     if len(frames[0]) < 3:
-        raise ValueError(f"{first}: has {len(frames[0])} {part} pictures, and nothing can be said of fewer than 3")
-    return SeedRuns(read, part, frames, n_boot)
+        raise ValueError(f"{first}: has {len(frames[0])} {split} images, and nothing can be said of fewer than 3")
+    return SeedRuns(read, split, frames, n_boot)
 
 # %% ../../nbs/lab/analysis.ipynb #484d16c8
 def _two_sided(boot: np.ndarray) -> float:  # (n_boot,) of what should be 0
@@ -170,25 +170,26 @@ def _boot_rho(x: np.ndarray, y: np.ndarray, n_boot: int, groups) -> np.ndarray: 
 
 # %% ../../nbs/lab/analysis.ipynb #76f7c80c
 def correlations(
-    values: dict[str, ArrayLike],  # what: (n,) or (runs, n)
+    values: dict[str, ArrayLike],  # quantity: (n,) or (runs, n)
     score: ArrayLike,  # (n,) the true score, or whatever they are compared with
     n_boot: int = 1000,  # bootstrap resamples; 0: no intervals
     groups: ArrayLike | None = None,  # (n,) scene of each picture
     seeds: Sequence | None = None,  # names of the runs; None: 0, 1, ...
-) -> pd.DataFrame:  # a row per quantity and run, and for their mean: what, seed, n, rho, low, high, p, p_holm
+) -> pd.DataFrame:  # a row per quantity and run, and for their mean: quantity, seed, n, rho, low, high, p, p_holm
     """Correlate several quantities with one (Spearman), in the same resamples.
 
     `seed` is "mean" for the average over runs; rho is -1 to 1, low and high are its 95 % interval.
     ValueError for NaN or unequal lengths.
     """
     rows, score = [], np.asarray(score, float)
-    for what, v in values.items():
+    for quantity, v in values.items():
         runs = np.atleast_2d(np.asarray(v, float))
         boots = [_boot_rho(r, score, n_boot, groups) for r in runs]
         names = range(len(runs)) if seeds is None else seeds
         for seed, b in [*zip(names, boots), ("mean", np.mean(boots, 0))]:
             rho, low, high = interval_of(b)
-            rows.append(dict(what=what, seed=seed, n=len(score), rho=rho, low=low, high=high, p=_two_sided(b[1:])))
+            numbers = dict(rho=rho, low=low, high=high, p=_two_sided(b[1:]))
+            rows.append(dict(quantity=quantity, seed=seed, n=len(score)) | numbers)
     return corrected(pd.DataFrame(rows))
 
 # %% ../../nbs/lab/analysis.ipynb #f3f00821
@@ -202,21 +203,21 @@ def correlation_forest(
     The mean is filled where the corrected p-value is below .05.
     """
     mean = frame[frame.seed == "mean"].reset_index(drop=True)
-    several = bool((frame.groupby("what").size() > 2).any())
+    several = bool((frame.groupby("quantity").size() > 2).any())
     sure = "95 % interval" if mean.low.notna().any() else "too few scenes for an interval"
     blue, hollow = figures.PALETTE[0], dict(ms=3, mfc="white", mec="0.4", mew=0.8)
     with figures.style():
         fig, ax = figures.new_figure(width=0.8 * figures.WIDTH, height=0.8 + 0.3 * len(mean))
         ax.axvline(0, color="0.4", lw=0.8)
         for y, r in mean.iterrows():
-            each = frame.rho[(frame.what == r.what) & (frame.seed != "mean")]
+            each = frame.rho[(frame.quantity == r.quantity) & (frame.seed != "mean")]
             if len(each) > 1:
                 ax.plot(each, np.full(len(each), y + 0.24), "o", label=None if y else "single seeds", **hollow)
             label = "mean over seeds" if len(each) > 1 else "this run"
             ax.plot([r.low, r.high], [y, y], color=blue, lw=1.6)
             filled = blue if r.p_holm < 0.05 else "white"
             ax.plot(r.rho, y, "o", color=blue, mfc=filled, label=None if y else label)
-        ax.set(yticks=range(len(mean)), yticklabels=mean.what, title=title, ylim=(len(mean) - 0.4, -0.6))
+        ax.set(yticks=range(len(mean)), yticklabels=mean.quantity, title=title, ylim=(len(mean) - 0.4, -0.6))
         ax.set_xlabel(f"{xlabel} ({sure})")
         ax.grid(axis="y", visible=False)
         if several:
@@ -403,7 +404,7 @@ def agreement_figure(
     values: np.ndarray,  # (runs, n)
     seeds: Sequence,
     score: ArrayLike,  # (n,) true scores, 0-100: the colour
-    what: str,  # what it is, for the axes
+    quantity: str,  # for the axes
     most: int = 3,  # panels
 ) -> plt.Figure:
     "Draw one quantity in pairs of runs, a point per image. ValueError for a single run."
@@ -418,7 +419,7 @@ def agreement_figure(
         for ax, (i, j) in zip(axes.flat, pairs):
             dots = ax.scatter(values[i], values[j], **look)
             ax.axline((low, low), (high, high), color="0.6", lw=0.8, ls="--")
-            ax.set(xlabel=f"{what}, seed {seeds[i]}", ylabel=f"{what}, seed {seeds[j]}")
+            ax.set(xlabel=f"{quantity}, seed {seeds[i]}", ylabel=f"{quantity}, seed {seeds[j]}")
             ax.set(xlim=ends, ylim=ends, aspect="equal")
             ax.xaxis.set_major_locator(plt.MaxNLocator(4))
             ax.yaxis.set_major_locator(plt.MaxNLocator(4))
@@ -642,7 +643,7 @@ def content_tests(
     "Correlate errors with simple numbers about images (Spearman); all p-values are corrected together."
     asked = {"error": error, "size of error": np.abs(error)}
     parts = [correlations(asked, statistics[s], n_boot, groups).assign(statistic=s) for s in statistics]
-    frame = pd.concat(parts).rename(columns={"what": "of"})
+    frame = pd.concat(parts).rename(columns={"quantity": "of"})
     frame = corrected(frame[frame.seed == "mean"].reset_index(drop=True))
     return frame[["statistic", "of", "n", "rho", "low", "high", "p", "p_holm"]]
 
@@ -697,11 +698,11 @@ def correlation_table(
     if "seed" not in frame:
         return frame.drop(columns=["rho", "low", "high", "p", "p_holm"]).assign(**_read(frame))
     mean = frame[frame.seed == "mean"].reset_index(drop=True)
-    out = pd.DataFrame({"": mean.what, "n": mean.n})
+    out = pd.DataFrame({"": mean.quantity, "n": mean.n})
     each = frame[frame.seed != "mean"]
     if each.seed.nunique() > 1:
         for seed, part in each.groupby("seed", sort=False):
-            rho = part.set_index("what").rho.reindex(mean.what)
+            rho = part.set_index("quantity").rho.reindex(mean.quantity)
             out[f"seed {seed}"] = [with_interval(r, sign=True) for r in rho]
     return out.assign(**_read(mean))
 
@@ -742,10 +743,10 @@ class Findings:
         self.tables[stem] = frame, f"{caption} {about}", numbers
         display(Markdown(figures.markdown(frame)), Markdown(f"*{about}*"))
 
-    def lacks(self, what: str, why: Exception | None = None):
+    def lacks(self, gap: str, why: Exception | None = None):
         "Note and print what is missing."
-        self.missing.append(what)
-        print(f"{what}: {why}" if why else f"{what}.")
+        self.missing.append(gap)
+        print(f"{gap}: {why}" if why else f"{gap}.")
 
 # %% ../../nbs/lab/analysis.ipynb #34bd8cbc
 def show_runs(
@@ -754,8 +755,8 @@ def show_runs(
 ):
     "Show what the runs reached on the split that is looked at."
     records = [r | dict(baseline=None, comparison=None) for r in seeds.runs]
-    table = figures.results_table(records).query("part == @seeds.part")
-    display(Markdown(figures.markdown(table[["run_id", "seed", "part", "n", *measures]])))
+    table = figures.results_table(records).query("split == @seeds.split")
+    display(Markdown(figures.markdown(table[["run_id", "seed", "split", "n", *measures]])))
 
 
 def write_findings(
@@ -767,8 +768,8 @@ def write_findings(
 ):
     "Leave tables, figures and, last, the record of an experiment about finished runs in its folder."
     seeds = findings.seeds
-    config = dict(runs=findings.ids, part=seeds.part) | config
+    config = dict(runs=findings.ids, split=seeds.split) | config
     about = dict(dataset=seeds.runs[0]["dataset"], profile=seeds.runs[0].get("profile"), note=seeds.note)
-    about |= dict(seeds=seeds.seeds, part=seeds.part, inputs=findings.inputs, missing=findings.missing)
+    about |= dict(seeds=seeds.seeds, split=seeds.split, inputs=findings.inputs, missing=findings.missing)
     write_experiment(folder, method, findings.tables, findings.figures, config, **about | record)
     print("record:", f"{Path(folder).name}/record.json")

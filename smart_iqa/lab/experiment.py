@@ -19,7 +19,7 @@ from IPython.display import Markdown, display
 from ..config import check_names, fingerprint
 from ..devices import environment
 from ..files import write_json
-from .compare import PART_NAMES, compare_arms, part_of, resampling_of
+from .compare import SPLIT_NAMES, compare_arms, rows_of, resampling_of
 from .figures import difference_text, markdown, published_table, save, save_table
 from .runs import is_finished, run_digest
 from .studies import RECIPES, STUDIES, ArmRuns, Study, Times, run_study
@@ -42,13 +42,13 @@ def _measures(recorded: list[dict], measured: dict) -> dict:
 
 def _row(result: ArmRuns, arm: str) -> dict:
     "One arm: means, spread over seeds, intervals over images."
-    runs, part = result.of(arm), result.compared
+    runs, split = result.of(arm), result.compared
     if not runs:
         return dict(arm=arm, seeds=0, missing=result.missing.get(arm, ""))
-    parts = [part_of(r["predictions"], part).set_index("image").sort_index() for r in runs.values()]
-    recorded, unit = [r["parts"][part] for r in runs.values()], resampling_of(parts[0])
-    n_boot, groups = 1000 if unit != "nothing" else 0, parts[0].ref if unit == "scenes" else None
-    m = evaluate_runs(np.stack([p.pred for p in parts]), parts[0].score, n_boot, groups=groups)
+    tables = [rows_of(r["predictions"], split).set_index("image").sort_index() for r in runs.values()]
+    recorded, unit = [r["splits"][split] for r in runs.values()], resampling_of(tables[0])
+    n_boot, groups = 1000 if unit != "nothing" else 0, tables[0].ref if unit == "scenes" else None
+    m = evaluate_runs(np.stack([t.pred for t in tables]), tables[0].score, n_boot, groups=groups)
     row = _measures(recorded, m)
     constant = [r["srcc"] is None for r in recorded]
     remarks = []
@@ -121,19 +121,19 @@ def stacked(
     common = sorted(set.intersection(*(set(result.of(a)) for a in arms)))
     if not common:
         raise ValueError(f"{', '.join(arms)}: have no seed in common")
-    parts = {}
+    of_arm = {}
     for a in arms:
-        tables = [part_of(result.of(a)[s]["predictions"], result.compared) for s in common]
-        parts[a] = [t.set_index("image").sort_index() for t in tables]
-    first = parts[arms[0]][0]
-    for a, each in parts.items():
+        tables = [rows_of(result.of(a)[s]["predictions"], result.compared) for s in common]
+        of_arm[a] = [t.set_index("image").sort_index() for t in tables]
+    first = of_arm[arms[0]][0]
+    for a, each in of_arm.items():
         if not all(p.index.equals(first.index) for p in each):
             raise ValueError(
-                f"{a}: its {result.compared} pictures are not those of {arms[0]}: "
+                f"{a}: its {result.compared} images are not those of {arms[0]}: "
                 "use the same data, split and split_seed"
             )
     unit = resampling_of(first)
-    preds = {a: np.stack([p.pred for p in each]) for a, each in parts.items()}
+    preds = {a: np.stack([p.pred for p in each]) for a, each in of_arm.items()}
     return preds, first.score, first.ref if unit == "scenes" else None, 2000 if unit != "nothing" else 0
 
 # %% ../../nbs/lab/experiment.ipynb #4c11ac4a
@@ -152,7 +152,7 @@ def caption_of(result: ArmRuns) -> str:
     if len(result.seeds) == 1:
         luck = "their intervals of these trained networks, not of the method, for there is one seed"
     return (
-        f"{result.about}: {result.dataset}, {PART_NAMES[result.compared]}, n = {len(result.rows)}; "
+        f"{result.about}: {result.dataset}, {SPLIT_NAMES[result.compared]}, n = {len(result.rows)}; "
         f"mean ± standard deviation over seeds {seeds}, 95 % bootstrap intervals over pictures where there are enough "
         f"scenes; differences paired, {luck}, p corrected for the number of arms (Holm). {limit}"
     )
@@ -163,7 +163,7 @@ def title_of(result: ArmRuns) -> str:
     stand_in = ", rendered stand-in, no opinions" if result.note else ""
     name = "rendered demo set, no opinions" if result.dataset == "demo" else f"{result.dataset}{stand_in}"
     seeds = ", ".join(map(str, result.seeds))
-    return f"{name}, {PART_NAMES[result.compared]}, n = {len(result.rows)}, seeds {seeds}"
+    return f"{name}, {SPLIT_NAMES[result.compared]}, n = {len(result.rows)}, seeds {seeds}"
 
 # %% ../../nbs/lab/experiment.ipynb #39323e2b
 def show_table(table: pd.DataFrame, caption: str):
@@ -173,14 +173,14 @@ def show_table(table: pd.DataFrame, caption: str):
 
 def experiment_folder(
     method: str,  # name of the notebook
-    what,  # what it was asked, plain values: part of the name
+    asked,  # its parameters as plain values, which the name contains
     out: str | Path = "outputs",
     batch: str = "runs",
     name: str | None = None,
     folder: str | Path | None = None,  # the experiment's folder itself
 ) -> tuple[Path, Path, str]:  # the folder, and where its runs lie: out and batch
     "Say where an experiment that looks at runs puts its things: beside them."
-    folder = Path(folder) if folder else Path(out).expanduser() / batch / f"{name or method}-{fingerprint(what)}"
+    folder = Path(folder) if folder else Path(out).expanduser() / batch / f"{name or method}-{fingerprint(asked)}"
     return folder, folder.parent.parent, folder.parent.name
 
 # %% ../../nbs/lab/experiment.ipynb #3ac2c647
@@ -315,7 +315,7 @@ def write_study(experiment: Experiment):
     record = write_experiment(
         experiment.folder, study.notebook, experiment.tables, experiment.figures, experiment.asked | arms,
         profile=experiment.asked["profile"], dataset=first.dataset, note=first.note, seeds=first.seeds,
-        part=first.compared, inputs=inputs, missing=[f"{arm}: {why}" for arm, why in missing.items()],
+        split=first.compared, inputs=inputs, missing=[f"{arm}: {why}" for arm, why in missing.items()],
         claims=experiment.claims,
     )
     print("record:", f"{record.parent.name}/{record.name}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_LOCK', 'KERNEL_LOCK', 'LOCKS', 'LOG', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here', 'release',
-           'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'read_run', 'run_digest', 'time_left',
-           'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'planned_folder', 'execute',
-           'train_together']
+           'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'current_record', 'read_run', 'run_digest',
+           'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'planned_folder',
+           'execute', 'train_together']
 
 # %% ../../nbs/lab/runs.ipynb #d727eab7
 import hashlib
@@ -179,6 +179,16 @@ def config_of(
     return make_config(**{k: v for k, v in current_names(recorded).items() if k in names} | changed)
 
 # %% ../../nbs/lab/runs.ipynb #ad22ff60
+def current_record(recorded, key: str = ""):
+    "Give a record of an older version today's names: `parts` became `splits`; `pictures` that are resampled, `images`."
+    if key == "resampled" and recorded == "pictures":
+        return "images"
+    if not isinstance(recorded, dict):
+        return recorded
+    today = {"parts": "splits"}
+    return {today.get(k, k) if isinstance(v, dict) else k: current_record(v, k) for k, v in recorded.items()}
+
+
 def read_run(
     folder: str | Path,  # of a finished run
 ) -> dict:               # its record, and config, environment, history and predictions (frames)
@@ -186,9 +196,10 @@ def read_run(
     folder = Path(folder)
     if not is_finished(folder):
         raise ValueError(f"{folder}: is not a finished run (no record.json); start the same command again to finish it")
-    run = json.loads((folder / "record.json").read_text(encoding="utf-8")) | {"folder": str(folder)}
-    for part in ("config", "environment"):
-        run[part] = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    run = current_record(record) | {"folder": str(folder)}
+    for name in ("config", "environment"):
+        run[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     predictions = folder / "predictions.csv"
     run["history"] = read_lines(folder / "metrics.jsonl")
     run["predictions"] = pd.read_csv(predictions, dtype={"image": str, "ref": str}) if predictions.exists() else None
@@ -221,7 +232,7 @@ def time_left(
     progress: dict,         # as `files.track` writes it; empty where nothing goes on
 ) -> float | None:          # of training, or before and after it of the present step; None where that is unknown
     "Estimate the seconds that are left, from the finished epochs or from the present one."
-    at_epoch = str(progress.get("what", "")).startswith("epoch ")
+    at_epoch = str(progress.get("step", "")).startswith("epoch ")
     between = bool(progress) and not at_epoch  # preparing, validating, or scoring at the end
     total, done_now = progress.get("total") or 0, progress.get("done", 0) - progress.get("initial", 0)
     rate = done_now / progress["seconds"] if done_now > 0 and progress.get("seconds", 0) > 0 else None
@@ -255,7 +266,7 @@ def run_state(
         row["state"] = "finished"
     elif running:
         row["state"], row["left"] = "running", time_left(config, history, progress)
-        row["doing"] = f"{progress['what']}: {progress['done']}/{progress['total']}" if progress else ""
+        row["doing"] = f"{progress['step']}: {progress['done']}/{progress['total']}" if progress else ""
     elif failure:
         row["state"], row["doing"] = "failed", f"{failure['kind']}: {failure['reason']}"
     elif config:
@@ -267,7 +278,7 @@ def run_state(
     return row
 
 # %% ../../nbs/lab/runs.ipynb #66b40e2a
-LOG = ("batch", "run", "what", "dataset", "seed", "state", "epochs", "val_srcc", "test_srcc", "test_clean_srcc",
+LOG = ("batch", "run", "title", "dataset", "seed", "state", "epochs", "val_srcc", "test_srcc", "test_clean_srcc",
        "seconds", "stopped", "started", "commit", "machine")
 
 
@@ -278,15 +289,15 @@ def _logged(folder: Path) -> dict:
     last = last_environment(env)  # where it was finished
     row = {k: v for k, v in config.items() if not isinstance(v, (dict, list))}
     row |= dict(batch=folder.parent.name, run=folder.name, state=run_state(folder)["state"], epochs=len(history))
-    for column, field in (("what", "method"), ("dataset", "dataset")):
+    for column, field in (("title", "method"), ("dataset", "dataset")):
         row[column] = record.get(field) or config.get(field)
     row |= {k: record.get(k) for k in ("seconds", "stopped", "note")}
     chips = [str(last[k]) for k in ("gpu", "cpu") if last.get(k)]
     row |= dict(started=env.get("started"), commit=last.get("commit"), machine=", ".join(chips) or None)
     if not record and "val_srcc" in history:
         row["val_srcc"] = history.val_srcc.max()
-    for part, metrics in record.get("parts", {}).items():
-        row |= {f"{part}_{k}": metrics.get(k) for k in ("n", "srcc", "plcc", "rmse")}
+    for split, metrics in current_record(record).get("splits", {}).items():
+        row |= {f"{split}_{k}": metrics.get(k) for k in ("n", "srcc", "plcc", "rmse")}
     return row
 
 # %% ../../nbs/lab/runs.ipynb #f909ec0c
@@ -351,7 +362,7 @@ def publish_run(
     target.mkdir(parents=True, exist_ok=True)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     write_json(target / "config.json", {k: _short(v) for k, v in run["config"].items() if k not in MACHINE})
-    write_json(target / "record.json", {k: _short(v) for k, v in record.items()})
+    write_json(target / "record.json", {k: _short(v) for k, v in current_record(record).items()})
     if run["predictions"] is not None:
         write_whole(target / "predictions.csv", run["predictions"].to_csv(index=False, float_format="%.6g"))
     for name in ("environment.json", "metrics.jsonl", *extra):
@@ -396,7 +407,7 @@ def _line(progress: dict) -> str:
     "Describe a progress state in one line: step, position, time left."
     rate = (progress["done"] - progress["initial"]) / max(progress["seconds"], 1e-9)
     left = f", {(progress['total'] - progress['done']) / rate:.0f} s left" if rate > 0 else ""
-    return f"{progress['what']}: {progress['done']}/{progress['total']}{left}"
+    return f"{progress['step']}: {progress['done']}/{progress['total']}{left}"
 
 
 def _epoch_line(row: dict) -> str:
@@ -432,10 +443,10 @@ class _Watcher:
         line, now = _line(progress), time.monotonic()
         if self.tty:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif self.echo and (progress["what"] != self.last_step or now - self.last_time > 30):
+        elif self.echo and (progress["step"] != self.last_step or now - self.last_time > 30):
             self.echo(line)
             self.last_time = now
-        self.last_step = progress["what"]
+        self.last_step = progress["step"]
 
     def epochs(self):
         "Show the epochs that have ended since the last look."

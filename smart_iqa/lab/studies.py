@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..config import PROFILES, Config, check_names, make_config
 from ..data import load_set
-from .compare import part_of
+from .compare import rows_of
 from .runs import RunError, is_finished, planned_folder, read_run, run_digest
 from .workers import HOPELESS, Job, LiveTable, connect, run_jobs
 from ..metrics import ceiling_of
@@ -84,7 +84,7 @@ class Study:
     question: str = ""
     remakes: str = ""  # what of the paper or its repository
     arms: dict = field(default_factory=dict)  # profile to arms: name to parameters of `train`; the first is the control
-    part: str = "val"  # what is compared: val; test; or test_clean, without near-duplicates of training images
+    split: str = "val"  # what is compared: val; test; or test_clean, without near-duplicates of training images
     tuned: bool = False  # whether the whole network is trained
     changes: dict = field(default_factory=dict)  # profile to what differs from its recipe in all arms
     n_seeds: int | None = None  # use only so many of the seeds
@@ -327,11 +327,11 @@ def study_runs(
     if study.takes == "domains":
         return cross_runs(**cross_parameters(study, profile, recipe, seeds), root=root, **machine)
     planned = {a: arm_parameters(study, a, profile, recipe, root=root, **machine) for a in arms}
-    opened = dict(open_test=study.part != "val")
+    opened = dict(open_test=study.split != "val")
     return [
-        Job("train", opened | given | dict(seed=seed), label=f"{arm}, seed {seed}", key=(arm, seed))
+        Job("train", opened | parameters | dict(seed=seed), label=f"{arm}, seed {seed}", key=(arm, seed))
         for seed in seeds_of(profile, seeds)[: study.n_seeds]
-        for arm, given in planned.items() if isinstance(given, dict)
+        for arm, parameters in planned.items() if isinstance(parameters, dict)
     ]
 
 # %% ../../nbs/lab/studies.ipynb #873291aa
@@ -353,7 +353,7 @@ def cross_runs(
     **machine,  # cache, threads
 ) -> list[Job]:  # keys: (model, seed) of a training run, (model, set, number of the checkpoint) of an evaluation
     "List the runs of models against sets: training first, then every model on every domain and set."
-    given = {k: v for k, v in machine.items() if v is not None}
+    machine = {k: v for k, v in machine.items() if v is not None}
     of_set = dict(dataset=dataset or PROFILES[profile].get("dataset", Config.dataset))
     of_set |= dict(root=root) if root else {}
     start = dict(profile=profile, baseline=False, open_test=False) | of_set
@@ -363,31 +363,31 @@ def cross_runs(
     for seed in seeds if domains else ():
         for domain, pattern in domains.items():
             key = f"trained on {domain}", seed
-            parameters = start | dict(include=pattern) | given | (train or {}) | dict(seed=seed)
+            parameters = start | dict(include=pattern) | machine | (train or {}) | dict(seed=seed)
             jobs.append(Job("train", parameters, _words(domain, f"s{seed}"), f"{key[0]}, seed {seed}", key))
             models.setdefault(key[0], []).append(key)
     columns = {d: of_set | dict(include=p) for d, p in domains.items()}
     columns |= {name: dict(split="none", include="*") | own for name, own in (sets or {}).items()}
-    return jobs + _evaluations(models, columns, dict(leaks="mark") | given | (test or {}))
+    return jobs + _evaluations(models, columns, dict(leaks="mark") | machine | (test or {}))
 
 # %% ../../nbs/lab/studies.ipynb #5fd19376
-def _evaluations(models: dict[str, list], columns: dict[str, dict], given: dict) -> list[Job]:
+def _evaluations(models: dict[str, list], columns: dict[str, dict], parameters: dict) -> list[Job]:
     "Every model on every set."
     jobs = []
     for column, of_column in columns.items():
         for model, made in models.items():
             for k, source in enumerate(made):
                 name = _words(model, "on", column, *([f"{k}"] if len(made) > 1 else []))
-                jobs.append(_evaluation(given | of_column, source, name, (model, column, k)))
+                jobs.append(_evaluation(parameters | of_column, source, name, (model, column, k)))
     return jobs
 
 
-def _evaluation(given: dict, source: str | tuple, name: str, key: tuple) -> Job:
+def _evaluation(parameters: dict, source: str | tuple, name: str, key: tuple) -> Job:
     "One cell of the grid, of a checkpoint that is there or of a run that comes first."
     label = f"{key[0]} on {key[1]}, {key[2]}"
     if isinstance(source, tuple):
-        return Job("evaluate", given, name, label, key, needs=source)
-    return Job("evaluate", dict(checkpoint=source) | given, name, label, key)
+        return Job("evaluate", parameters, name, label, key, needs=source)
+    return Job("evaluate", dict(checkpoint=source) | parameters, name, label, key)
 
 # %% ../../nbs/lab/studies.ipynb #ed7bfe0f
 def cross_parameters(
@@ -429,8 +429,8 @@ def split_sizes(cfg: Config) -> dict[str, int]:
 
     Near-duplicates, which move some images of random splits, are not looked for. ValueError where nothing tells.
     """
-    given = {k: getattr(cfg, k) for k in _COUNTED}
-    return dict(_sizes(replace(Config(group_duplicates=False, leaks="mark"), **given)))
+    counted = {k: getattr(cfg, k) for k in _COUNTED}
+    return dict(_sizes(replace(Config(group_duplicates=False, leaks="mark"), **counted)))
 
 
 @lru_cache(maxsize=256)
@@ -441,10 +441,10 @@ def _sizes(cfg: Config) -> tuple:
     if cfg.include not in (None, "*"):
         raise ValueError(f"include={cfg.include!r}: how many images that is only the set knows: give root")
     n, official = find_set(cfg.dataset).images, find_set(cfg.dataset).official
-    given = cfg.split in ("official", "paper")
-    if n is None or cfg.split.endswith(".csv") or (given and isinstance(official, str)):
+    known = cfg.split in ("official", "paper")
+    if n is None or cfg.split.endswith(".csv") or (known and isinstance(official, str)):
         raise ValueError(f"{cfg.dataset}, split={cfg.split}: how many images that gives only the set knows: give root")
-    train, val, test = official if given else (0, 0, n)
+    train, val, test = official if known else (0, 0, n)
     if cfg.split == "random":
         test = round(cfg.test_fraction * n)
         train = n - test
@@ -462,7 +462,7 @@ class ArmRuns:
 
     arms: dict[str, dict]
     seeds: list[int]
-    part: str = "val"  # as of a Study
+    split: str = "val"  # as of a Study
     runs: dict = field(default_factory=dict)  # (arm, seed) to a finished run, as `read_run` gives it
     missing: dict = field(default_factory=dict)  # arm to the reason why some or all of its runs are not there
     about: str = ""  # what the table is called
@@ -481,9 +481,9 @@ class ArmRuns:
     @property
     def compared(self) -> str:
         "The split as records name it."
-        if self.part != "test_clean":
-            return self.part
-        return "test_clean" if any("test_clean" in run.get("parts", {}) for run in self.runs.values()) else "test"
+        if self.split != "test_clean":
+            return self.split
+        return "test_clean" if any("test_clean" in run.get("splits", {}) for run in self.runs.values()) else "test"
 
     @property
     def note(self) -> str | None:
@@ -496,7 +496,7 @@ class ArmRuns:
     @property
     def rows(self) -> pd.DataFrame:
         "The compared images of the first run."
-        return part_of(self.first["predictions"], self.compared)
+        return rows_of(self.first["predictions"], self.compared)
 
     @property
     def ceiling(self) -> dict | None:
@@ -531,7 +531,7 @@ def run_study(
     runnable = {job.arm: _plain(arms[job.arm], job) for job in jobs.values()}
     reasons = {a: c for a, c in arms.items() if isinstance(c, str)}
     wanted = seeds_of(profile, seeds)[: study.n_seeds]
-    result = ArmRuns(runnable, wanted, study.part, missing=reasons, about=study.title)
+    result = ArmRuns(runnable, wanted, study.split, missing=reasons, about=study.title)
     folders = {key: planned_folder(job.notebook, job.parameters, out, batch) for key, job in jobs.items()}
     done = {key for key, f in folders.items() if is_finished(f)}
     if only_finished:
