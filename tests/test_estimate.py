@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import small_config, without_kernels
 
 from smart_iqa.backbones import forward_flops
 from smart_iqa.cli import main
@@ -143,7 +143,8 @@ def swept(standin, tmp_path_factory):
     """One tiny experiment, really run: its parameters, and the folder with its run."""
     out = tmp_path_factory.mktemp("swept")
     common = dict(root=str(standin), recipe=json.dumps(RECIPE), seeds="0", threads=1)
-    execute("main", dict(profile="demo") | common, out, "here", echo=None)
+    with without_kernels():
+        execute("main", dict(profile="demo") | common, out, "here", echo=None)
     return common, out / "here"
 
 
@@ -161,7 +162,7 @@ def test_listed_runs_are_those_that_were_started(swept):
 def test_an_estimate_is_compared_with_a_run(swept, tmp_path):
     """Generous: the machine does other things, and a run of seconds is mostly start-up."""
     folder = next(f for f in sorted(swept[1].iterdir()) if (f / "splits.csv").exists())
-    here = against(folder, steps=2).set_index("what")
+    here = against(folder, steps=2).set_index("step")
     assert 0.05 < here.ratio["training"] < 20
     assert here.measured["training"] > 0
     text = estimate_text(against_run=folder, steps=2)
@@ -178,7 +179,7 @@ def test_an_estimate_is_compared_with_a_run(swept, tmp_path):
     with pytest.raises(ValueError, match="another machine .*cpu another"):
         against(other)
     os.utime(other / "record.json", (0, 0))  # a copy is of another time; what counts was written down
-    copied = against(other, anywhere=True, steps=2).set_index("what").measured
+    copied = against(other, anywhere=True, steps=2).set_index("step").measured
     assert copied.equals(here.measured)
     assert (copied[copied.index.str.contains("whole run")] > copied["training"]).all()
 
