@@ -16,8 +16,8 @@ from PIL import Image
 from test_score import HOSTILE, make_toy
 
 from smart_iqa.app.best import BEST_COLUMNS, BURST_SECONDS, best_files, exposure, group_files
+from smart_iqa.app.engines import Scorer, save_scorer
 from smart_iqa.app.folders import PictureFile, find_pictures, score_files
-from smart_iqa.app.scoring import Scorer, save_scorer
 from smart_iqa.cli import main
 from smart_iqa.demo import PHOTOS, distort, photograph
 from smart_iqa.duplicates import find_same_scenes, same_scene, scene_of
