@@ -312,7 +312,7 @@ def test_hostile_files(tmp_path, toy):
 
 # -- two pictures -----------------------------------------------------------------------------------
 def test_compare_is_antisymmetric(toy):
-    """Both orders make exactly one, a picture against itself exactly one half, and the higher score is the favourite."""
+    """Both orders make exactly one, a picture against itself one half, and the higher score is the favourite."""
     pictures = [picture(k, 90 + k, 70, 12 * k) for k in range(3)]
     scores = toy(pictures)
     for same in (None, True, False):
