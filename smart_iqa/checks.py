@@ -25,7 +25,7 @@ import pandas as pd
 from PIL import Image
 
 from .config import Config
-from .duplicates import NO_SKETCH, group_pairs, sketch
+from .duplicates import NO_SIGNATURE, group_pairs, signature
 from .files import track
 from .data import load_set, read_set
 from smart_iqa.splits import (
@@ -37,7 +37,7 @@ from .sets import DataError, find_set, read_labels
 # %% ../nbs/checks.ipynb #33fabaf5
 def look(
     path: str | Path,
-) -> tuple[dict, tuple]:  # facts of the file, sketch for `find_near_duplicates`
+) -> tuple[dict, tuple]:  # facts of the file, signature for `find_near_duplicates`
     "Read what one pass over a picture file tells; `error` is the reason why it cannot be used, else empty."
     facts = dict(bytes=0, digest="", format="", mode="", width=0, height=0, turned=False, error="")
     try:
@@ -49,16 +49,16 @@ def look(
             facts |= dict(format=head.format, mode=head.mode)
             with suppress(Exception):   # a damaged EXIF block turns nothing
                 facts["turned"] = head.getexif().get(274) in range(2, 9)
-        return facts, sketch(img)
+        return facts, signature(img)
     except (ValueError, OSError) as e:
-        return facts | dict(error=str(e).removeprefix(f"{path}: ")), NO_SKETCH
+        return facts | dict(error=str(e).removeprefix(f"{path}: ")), NO_SIGNATURE
 
 
 def look_at_all(
     images: ImageSet,
     threads: int | None = None,  # None: as many as there are cores, at most 8
     progress: bool = False,
-) -> tuple[pd.DataFrame, list]:  # the set's table with the facts of each file, and the sketches
+) -> tuple[pd.DataFrame, list]:  # the set's table with the facts of each file, and the signatures
     "Read and decode every file of a set once."
     paths = [images.path(i) for i in images.table.image]
     with warnings.catch_warnings(), ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
@@ -479,9 +479,9 @@ def check_set(
         report.add("set", [("", "", str(e))])
         return report
     started = time.time()
-    report.files, sketches = look_at_all(images, threads, progress)
+    report.files, signatures = look_at_all(images, threads, progress)
     report.seconds = time.time() - started
-    pairs = duplicate_pairs(images, cfg, sketches=sketches)
+    pairs = duplicate_pairs(images, cfg, signatures=signatures)
     for check in (_check_counts, _check_names, _check_extra, _check_labels, _check_pixels):
         check(report, images, cfg, partial)
     _check_split(report, images, cfg, partial, pairs)

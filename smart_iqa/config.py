@@ -231,12 +231,12 @@ def _nearest(
 def check_names(
     names,    # names that somebody used
     known,    # names that exist
-    what: str = "parameter",
+    kind: str = "parameter",
 ):
     "Raise a ValueError that names the first unknown one and the closest known ones."
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {what} {name!r}{_nearest(name, known, 3) or '; known: ' + ', '.join(known)}")
+            raise ValueError(f"unknown {kind} {name!r}{_nearest(name, known, 3) or '; known: ' + ', '.join(known)}")
 
 
 def advice(

@@ -211,11 +211,11 @@ class DataLoader:
                       test_crops=patch_num, seed=seed)
         defaults = dict(group_duplicates=False, size=max(384, patch_size), split="none")
         self.cfg = make_config("paper", **values, **defaults | config)
-        self.found, self.istrain = load_set(self.cfg), istrain
-        self.names = index_names(self.found)
+        self.images, self.istrain = load_set(self.cfg), istrain
+        self.names = index_names(self.images)
         wrong = [i for i in img_indx if not 0 <= i < len(self.names)]
         if wrong:
-            shared = self.found.table.ref.nunique() < len(self.found.table)
+            shared = self.images.table.ref.nunique() < len(self.images.table)
             raise IndexError(f"img_indx: {wrong[0]} is out of range: {dataset} in {path} has {len(self.names)} "
                              f"{'references' if shared else 'pictures'}, numbered 0 to {len(self.names) - 1}")
         self.chosen = [self.names[i] for i in img_indx]
@@ -223,8 +223,8 @@ class DataLoader:
     def get_data(self) -> Crops:
         "Return the batches, to iterate over as often as needed; the first call decodes the pictures."
         cfg = self.cfg
-        cache = build_cache(self.found, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
-        t = self.found.table.reset_index(drop=True)
+        cache = build_cache(self.images, cfg.size, cfg.fit, cfg.cache, cfg.on_error)
+        t = self.images.table.reset_index(drop=True)
         rows = t.groupby("ref" if t.ref.nunique() < len(t) else "image", sort=False).indices
         chosen = [np.empty(0, int), *(rows.get(name, np.empty(0, int)) for name in self.chosen)]
         scores = t.score.to_numpy(np.float32)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROGRESS', 'replacing', 'move', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines', 'error_of',
-           'cache_dir', 'take_lock', 'locked', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name', 'ahead',
-           'one_ahead']
+           'cache_dir', 'take_lock', 'locked', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name',
+           'importable', 'ahead', 'one_ahead']
 
 # %% ../nbs/01_files.ipynb #32262ef9
 import contextlib
@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -166,7 +167,7 @@ def track(
     for done, item in enumerate(items, initial):
         if time.monotonic() - last > 1:
             last = time.monotonic()
-            state = dict(what=label, done=done, total=total, seconds=last - started, initial=initial)
+            state = dict(step=label, done=done, total=total, seconds=last - started, initial=initial)
             with contextlib.suppress(OSError):  # Windows refuses while the launcher reads; the next second will do
                 write_json(path, state)
         yield item
@@ -257,6 +258,25 @@ def find_by_name(
     near = difflib.get_close_matches(name, known, 3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}, or package.module:Name")
+
+# %% ../nbs/01_files.ipynb #import02
+@contextlib.contextmanager
+def importable(
+    folder: str | Path,  # that holds modules
+) -> Iterator[None]:
+    "Let this process and the processes that it starts import the modules of a folder while a block runs."
+    folder, inherited = str(Path(folder).resolve()), os.environ.get("PYTHONPATH")
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, inherited] if inherited else [folder])
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if inherited is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = inherited
 
 # %% ../nbs/01_files.ipynb #6822b00c
 def ahead(

@@ -281,7 +281,7 @@ def find_head(
     name: str,     # a row of `HEADS`, an entry point of smart_iqa.heads, or "package.module:Name"
 ) -> type[Head]:
     "Find a head's class by name. ValueError says what is known, or what is missing."
-    found = find_by_name(name, HEADS, "head", "smart_iqa.heads")
-    if not (isinstance(found, type) and issubclass(found, Head)):
-        raise ValueError(f"head {name!r}: is {found!r}, no class that extends smart_iqa.heads.Head")
-    return found
+    head = find_by_name(name, HEADS, "head", "smart_iqa.heads")
+    if not (isinstance(head, type) and issubclass(head, Head)):
+        raise ValueError(f"head {name!r}: is {head!r}, no class that extends smart_iqa.heads.Head")
+    return head

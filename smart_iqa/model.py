@@ -219,7 +219,7 @@ def _read(path: Path) -> tuple[dict, dict]:
     except SafetensorError:
         pass                                    # not safetensors: then a file of torch.save
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         if "global" not in str(e).lower():      # damaged rather than dangerous
             raise CheckpointError(f"{path}: is neither safetensors nor a torch checkpoint (damaged?)") from None
@@ -228,10 +228,10 @@ def _read(path: Path) -> tuple[dict, dict]:
     except Exception as e:
         raise CheckpointError(f"{path}: is neither safetensors nor a torch checkpoint ({type(e).__name__})") from None
     for wrapper in ("model_state_dict", "model_hyper", "state_dict"):
-        found = found.get(wrapper, found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: holds no state dict (a mapping from names to tensors)")
-    return found, {}
+    return state, {}
 
 # %% ../nbs/10_model.ipynb #2dc0f391
 PACKAGED = {"smart-lite": "smart-lite.safetensors"}  # models that come with this package, in its folder weights
@@ -245,12 +245,12 @@ def find_checkpoint(
     if name in PACKAGED:
         return Path(str(files("smart_iqa") / "weights" / PACKAGED[name]))
     if path.is_dir():
-        found = [path / f for f in ("model.safetensors", "checkpoint.safetensors") if (path / f).is_file()]
-        if not found:
+        weights = [path / f for f in ("model.safetensors", "checkpoint.safetensors") if (path / f).is_file()]
+        if not weights:
             raise WeightsError(
                 f"{path}: holds neither model.safetensors (of save_pretrained) nor checkpoint.safetensors (of a run)"
             )
-        return found[0]
+        return weights[0]
     if path.is_file() or path.suffix in (".safetensors", ".pkl", ".pth", ".pt"):
         return path  # whoever reads it says when it is missing
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

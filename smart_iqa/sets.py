@@ -709,11 +709,11 @@ def read_csv(root: Path, cfg: Config) -> pd.DataFrame:
     path = Path(cfg.labels).expanduser()
     frame = read_labels(path if path.is_file() else root / path)
     pick = {}
-    for what, named, usual in (("image", cfg.image_column, IMAGE_COLUMNS), ("mos", cfg.score_column, SCORE_COLUMNS)):
-        pick[what] = named or next((c for c in usual if c in frame.columns), None)
-        if pick[what] is None:
-            option = "image_column" if what == "image" else "score_column"
-            raise DataError(f"{path}: which column holds the {what}? Name it with {option}; the file has "
+    for column, named, usual in (("image", cfg.image_column, IMAGE_COLUMNS), ("mos", cfg.score_column, SCORE_COLUMNS)):
+        pick[column] = named or next((c for c in usual if c in frame.columns), None)
+        if pick[column] is None:
+            option = "image_column" if column == "image" else "score_column"
+            raise DataError(f"{path}: which column holds the {column}? Name it with {option}; the file has "
                             f"{', '.join(map(str, frame.columns))}")
     extra = {c: c for c in ("std", "ref", "split") if c in frame.columns and c not in pick.values()}
     table = _columns(frame, path, **pick, **extra)

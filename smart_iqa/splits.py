@@ -75,7 +75,7 @@ def duplicate_pairs(
     images: ImageSet,
     cfg: Config,                   # cache
     progress: bool = False,
-    sketches: list | None = None,  # of the table's rows, if they have been decoded already
+    signatures: list | None = None,  # of the table's rows, if they have been decoded already
 ) -> pd.DataFrame:                 # as of find_near_duplicates
     "Find the near-duplicate pairs of a set, or read them from the cache: its key is the files' names, sizes and times."
     paths = [images.path(i) for i in images.table.image]
@@ -84,7 +84,7 @@ def duplicate_pairs(
     key = fingerprint([HASH_BITS, THUMB_CORRELATION, stats, scenes.tolist()])
     memo = cache_dir(cfg.cache) / f"near-duplicates-{key}.csv"
     if not memo.exists():
-        pairs = find_near_duplicates(paths, scenes=scenes, progress=progress, sketches=sketches)
+        pairs = find_near_duplicates(paths, scenes=scenes, progress=progress, signatures=signatures)
         write_whole(memo, pairs.to_csv(index=False))
     return pd.read_csv(memo)
 

@@ -282,9 +282,9 @@ def _average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update)
 
 # %% ../nbs/13_training.ipynb #291ce198
-def _diverged(solver: Solver, what: str, batch: int) -> Diverged:
+def _diverged(solver: Solver, problem: str, batch: int) -> Diverged:
     cfg, epoch = solver.cfg, solver.state["epoch"] + 1
-    return Diverged(f"{what} in epoch {epoch}, batch {batch}: lower lr (now {cfg.lr:g}, "
+    return Diverged(f"{problem} in epoch {epoch}, batch {batch}: lower lr (now {cfg.lr:g}, "
                     f"times {cfg.head_lr_ratio:g} for new parts), or set clip; {solver.folder}")
 
 

@@ -294,7 +294,7 @@ def test_a_notebook_leaves_what_the_report_reads(demo, name):
 def test_the_tables_are_of_the_predictions(demo):
     """Computed here once more from predictions.csv."""
     p = read_run(demo["run"])["predictions"].query("split == 'test'")
-    went = pd.read_csv(demo["attention"] / "tables" / "correlations.csv").query("seed == 'mean'").set_index("what")
+    went = pd.read_csv(demo["attention"] / "tables" / "correlations.csv").query("seed == 'mean'").set_index("quantity")
     assert went.rho["stage 3"] == pytest.approx(stats.spearmanr(p.a3, p.score)[0]) and went.low.isna().all()
     bias = pd.read_csv(demo["errors"] / "tables" / "by_quality.csv")
     assert (bias.n * bias.bias).sum() == pytest.approx((p.pred - p.score).sum())

@@ -335,7 +335,7 @@ def test_who_looks_on_shows_the_present_and_hides_nothing(tmp_path):
     folder, said = planned_folder(nb, {}, tmp_path), []
     folder.mkdir(parents=True)
     (folder / "progress.json").write_text(
-        json.dumps(dict(what="scoring test", done=90, total=100, seconds=900.0, initial=0))
+        json.dumps(dict(step="scoring test", done=90, total=100, seconds=900.0, initial=0))
     )
     (folder / "metrics.jsonl").write_text('{"epoch": 1\n{"epoch": 2}\n')
     with pytest.raises(RunError, match="the reason"):

@@ -22,7 +22,7 @@ from smart_iqa.checks import MAX_LINES, check_set, find_lines, look
 from smart_iqa.cli import main
 from smart_iqa.config import make_config
 from smart_iqa.data import load_set
-from smart_iqa.duplicates import sketch
+from smart_iqa.duplicates import signature
 from smart_iqa.images import load_image
 from smart_iqa.sets import FACTS
 from smart_iqa.splits import read_split
@@ -110,9 +110,9 @@ def test_each_picture_is_decoded_once(root, monkeypatch):
     }
 
 
-def test_sketch_of_a_look_is_the_sketch_of_the_picture(root):
+def test_signature_of_a_look_is_that_of_the_image(root):
     facts, (bits, thumb) = look(root / "p04.jpg")
-    want = sketch(load_image(root / "p04.jpg"))
+    want = signature(load_image(root / "p04.jpg"))
     assert bits == want[0] and (thumb == want[1]).all() and facts["width"] == 104 and facts["error"] == ""
 
 

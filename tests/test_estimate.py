@@ -161,7 +161,7 @@ def test_listed_runs_are_those_that_were_started(swept):
 def test_an_estimate_is_compared_with_a_run(swept, tmp_path):
     """Generous: the machine does other things, and a run of seconds is mostly start-up."""
     folder = next(f for f in sorted(swept[1].iterdir()) if (f / "splits.csv").exists())
-    here = against(folder, steps=2).set_index("what")
+    here = against(folder, steps=2).set_index("step")
     assert 0.05 < here.ratio["training"] < 20
     assert here.measured["training"] > 0
     text = estimate_text(against_run=folder, steps=2)
@@ -178,7 +178,7 @@ def test_an_estimate_is_compared_with_a_run(swept, tmp_path):
     with pytest.raises(ValueError, match="another machine .*cpu another"):
         against(other)
     os.utime(other / "record.json", (0, 0))  # a copy is of another time; what counts was written down
-    copied = against(other, anywhere=True, steps=2).set_index("what").measured
+    copied = against(other, anywhere=True, steps=2).set_index("step").measured
     assert copied.equals(here.measured)
     assert (copied[copied.index.str.contains("whole run")] > copied["training"]).all()
 

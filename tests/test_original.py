@@ -75,7 +75,7 @@ def test_numbers_are_pictures_by_name(koniq):
     test = DataLoader("koniq-10k", koniq, [3, 0, 3], 64, 1, 1, istrain=False).get_data()
     wanted = scores_by_name(koniq)
     assert [float(s) for _, s in test] == [wanted[3], wanted[0], wanted[3]]
-    assert index_names(DataLoader("koniq-10k", koniq, [], 64, 1).found) == [
+    assert index_names(DataLoader("koniq-10k", koniq, [], 64, 1).images) == [
         f"1024x768/{n}.jpg" for n in sorted(map(str, (9, 2, 10, 31, 4, 55, 6, 70, 8, 1)))
     ]
 

@@ -170,25 +170,26 @@ def _boot_rho(x: np.ndarray, y: np.ndarray, n_boot: int, groups) -> np.ndarray: 
 
 # %% ../../nbs/lab/analysis.ipynb #76f7c80c
 def correlations(
-    values: dict[str, ArrayLike],  # what: (n,) or (runs, n)
+    values: dict[str, ArrayLike],  # quantity: (n,) or (runs, n)
     score: ArrayLike,  # (n,) the true score, or whatever they are compared with
     n_boot: int = 1000,  # bootstrap resamples; 0: no intervals
     groups: ArrayLike | None = None,  # (n,) scene of each picture
     seeds: Sequence | None = None,  # names of the runs; None: 0, 1, ...
-) -> pd.DataFrame:  # a row per quantity and run, and for their mean: what, seed, n, rho, low, high, p, p_holm
+) -> pd.DataFrame:  # a row per quantity and run, and for their mean: quantity, seed, n, rho, low, high, p, p_holm
     """Correlate several quantities with one (Spearman), in the same resamples.
 
     `seed` is "mean" for the average over runs; rho is -1 to 1, low and high are its 95 % interval.
     ValueError for NaN or unequal lengths.
     """
     rows, score = [], np.asarray(score, float)
-    for what, v in values.items():
+    for quantity, v in values.items():
         runs = np.atleast_2d(np.asarray(v, float))
         boots = [_boot_rho(r, score, n_boot, groups) for r in runs]
         names = range(len(runs)) if seeds is None else seeds
         for seed, b in [*zip(names, boots), ("mean", np.mean(boots, 0))]:
             rho, low, high = interval_of(b)
-            rows.append(dict(what=what, seed=seed, n=len(score), rho=rho, low=low, high=high, p=_two_sided(b[1:])))
+            numbers = dict(rho=rho, low=low, high=high, p=_two_sided(b[1:]))
+            rows.append(dict(quantity=quantity, seed=seed, n=len(score)) | numbers)
     return corrected(pd.DataFrame(rows))
 
 # %% ../../nbs/lab/analysis.ipynb #f3f00821
@@ -202,21 +203,21 @@ def correlation_forest(
     The mean is filled where the corrected p-value is below .05.
     """
     mean = frame[frame.seed == "mean"].reset_index(drop=True)
-    several = bool((frame.groupby("what").size() > 2).any())
+    several = bool((frame.groupby("quantity").size() > 2).any())
     sure = "95 % interval" if mean.low.notna().any() else "too few scenes for an interval"
     blue, hollow = figures.PALETTE[0], dict(ms=3, mfc="white", mec="0.4", mew=0.8)
     with figures.style():
         fig, ax = figures.new_figure(width=0.8 * figures.WIDTH, height=0.8 + 0.3 * len(mean))
         ax.axvline(0, color="0.4", lw=0.8)
         for y, r in mean.iterrows():
-            each = frame.rho[(frame.what == r.what) & (frame.seed != "mean")]
+            each = frame.rho[(frame.quantity == r.quantity) & (frame.seed != "mean")]
             if len(each) > 1:
                 ax.plot(each, np.full(len(each), y + 0.24), "o", label=None if y else "single seeds", **hollow)
             label = "mean over seeds" if len(each) > 1 else "this run"
             ax.plot([r.low, r.high], [y, y], color=blue, lw=1.6)
             filled = blue if r.p_holm < 0.05 else "white"
             ax.plot(r.rho, y, "o", color=blue, mfc=filled, label=None if y else label)
-        ax.set(yticks=range(len(mean)), yticklabels=mean.what, title=title, ylim=(len(mean) - 0.4, -0.6))
+        ax.set(yticks=range(len(mean)), yticklabels=mean.quantity, title=title, ylim=(len(mean) - 0.4, -0.6))
         ax.set_xlabel(f"{xlabel} ({sure})")
         ax.grid(axis="y", visible=False)
         if several:
@@ -403,7 +404,7 @@ def agreement_figure(
     values: np.ndarray,  # (runs, n)
     seeds: Sequence,
     score: ArrayLike,  # (n,) true scores, 0-100: the colour
-    what: str,  # what it is, for the axes
+    quantity: str,  # for the axes
     most: int = 3,  # panels
 ) -> plt.Figure:
     "Draw one quantity in pairs of runs, a point per image. ValueError for a single run."
@@ -418,7 +419,7 @@ def agreement_figure(
         for ax, (i, j) in zip(axes.flat, pairs):
             dots = ax.scatter(values[i], values[j], **look)
             ax.axline((low, low), (high, high), color="0.6", lw=0.8, ls="--")
-            ax.set(xlabel=f"{what}, seed {seeds[i]}", ylabel=f"{what}, seed {seeds[j]}")
+            ax.set(xlabel=f"{quantity}, seed {seeds[i]}", ylabel=f"{quantity}, seed {seeds[j]}")
             ax.set(xlim=ends, ylim=ends, aspect="equal")
             ax.xaxis.set_major_locator(plt.MaxNLocator(4))
             ax.yaxis.set_major_locator(plt.MaxNLocator(4))
@@ -642,7 +643,7 @@ def content_tests(
     "Correlate errors with simple numbers about images (Spearman); all p-values are corrected together."
     asked = {"error": error, "size of error": np.abs(error)}
     parts = [correlations(asked, statistics[s], n_boot, groups).assign(statistic=s) for s in statistics]
-    frame = pd.concat(parts).rename(columns={"what": "of"})
+    frame = pd.concat(parts).rename(columns={"quantity": "of"})
     frame = corrected(frame[frame.seed == "mean"].reset_index(drop=True))
     return frame[["statistic", "of", "n", "rho", "low", "high", "p", "p_holm"]]
 
@@ -697,11 +698,11 @@ def correlation_table(
     if "seed" not in frame:
         return frame.drop(columns=["rho", "low", "high", "p", "p_holm"]).assign(**_read(frame))
     mean = frame[frame.seed == "mean"].reset_index(drop=True)
-    out = pd.DataFrame({"": mean.what, "n": mean.n})
+    out = pd.DataFrame({"": mean.quantity, "n": mean.n})
     each = frame[frame.seed != "mean"]
     if each.seed.nunique() > 1:
         for seed, part in each.groupby("seed", sort=False):
-            rho = part.set_index("what").rho.reindex(mean.what)
+            rho = part.set_index("quantity").rho.reindex(mean.quantity)
             out[f"seed {seed}"] = [with_interval(r, sign=True) for r in rho]
     return out.assign(**_read(mean))
 
@@ -742,10 +743,10 @@ class Findings:
         self.tables[stem] = frame, f"{caption} {about}", numbers
         display(Markdown(figures.markdown(frame)), Markdown(f"*{about}*"))
 
-    def lacks(self, what: str, why: Exception | None = None):
+    def lacks(self, gap: str, why: Exception | None = None):
         "Note and print what is missing."
-        self.missing.append(what)
-        print(f"{what}: {why}" if why else f"{what}.")
+        self.missing.append(gap)
+        print(f"{gap}: {why}" if why else f"{gap}.")
 
 # %% ../../nbs/lab/analysis.ipynb #34bd8cbc
 def show_runs(

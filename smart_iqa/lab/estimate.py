@@ -343,9 +343,9 @@ def measure(
     if path.exists() and not again:
         timings = json.loads(path.read_text(encoding="utf-8"))
 
-    def keep(group: str, key: str, what: str, work: Callable):
+    def keep(group: str, key: str, step: str, work: Callable):
         if key not in timings[group]:
-            echo(f"measuring {what}")
+            echo(f"measuring {step}")
             timings[group][key] = work()
             write_json(path, timings)
 
@@ -379,7 +379,7 @@ class Cost:
     "What one run takes."
 
     seconds: dict  # by phase
-    shared: dict  # name to (what, seconds, bytes on disk)
+    shared: dict  # name to (kind, seconds, bytes on disk)
     memory: float  # largest, bytes of the device, or of the process where it computes on the CPU
     disk_working: float  # bytes while it trains: two resume points, as the new one is whole before the old one goes
     disk_kept: float
@@ -421,14 +421,14 @@ def cost_of(run: PlannedRun, timings: dict, machine: Machine) -> Cost:
 
 # %% ../../nbs/lab/estimate.ipynb #923fd018
 def _shared(run: PlannedRun, step: dict, images: dict, machine: Machine, scored: float, opened: int) -> dict:
-    "What a run finds where another has made it: name to (what, seconds, bytes)."
+    "What a run finds where another has made it: name to (kind, seconds, bytes)."
     cfg, everything, train = run.cfg, sum(run.sizes.values()), run.sizes.get("train", 0)
     pixels = fingerprint([cfg.root, cfg.dataset, cfg.labels, cfg.include, cfg.size, cfg.fit, everything])
     pieces = {pixels: ("pixel cache", everything * images["decode"] / machine.cores, everything * images["pixels"])}
     backbone = [pixels, cfg.method, cfg.backbone or cfg.model_size, cfg.pretrained, cfg.crop]
 
-    def add(what: str, crops: int, values: int, *name):
-        pieces[fingerprint([*backbone, what, crops, *name])] = (what, crops * scored, 2 * crops * values)
+    def add(kind: str, crops: int, values: int, *name):
+        pieces[fingerprint([*backbone, kind, crops, *name])] = (kind, crops * scored, 2 * crops * values)
 
     if run.notebook == "train" and cfg.frozen:
         pooled = (step["values"], cfg.test_positions)  # heads that need the same share a file
@@ -477,9 +477,9 @@ class Estimate:
             *(f"not in the estimate: {k}: {v}" for k, v in self.left_out.items())])
 
 # %% ../../nbs/lab/estimate.ipynb #637fa7d8
-def _fitting(step: dict, cfg: Config, room: float) -> str:
+def _fitting(step: dict, cfg: Config, memory: float) -> str:
     "The largest batch that fits, with the accumulation that keeps the step."
-    fits = [b for b in range(1, cfg.batch_size) if step_memory(step, b) <= room]
+    fits = [b for b in range(1, cfg.batch_size) if step_memory(step, b) <= memory]
     if not fits:
         return "not even one crop fits: take a smaller model, or crop="
     k = math.ceil(cfg.batch_size / max(fits))
@@ -488,11 +488,11 @@ def _fitting(step: dict, cfg: Config, room: float) -> str:
 
 def _problems_of(name: str, cfg: Config, step: dict, cost: Cost, machine: Machine, at_once: int) -> list[str]:
     "What does not fit or has to wait in the runs of one kind."
-    problems, room = [], machine.memory_gb * 1e9 / at_once
-    if cost.memory > room:
+    problems, memory = [], machine.memory_gb * 1e9 / at_once
+    if cost.memory > memory:
         each = f" x {at_once} at once" if at_once > 1 else ""
         fewer = f"; or workers={max(int(machine.memory_gb * 1e9 / cost.memory), 1)}" if at_once > 1 else ""
-        change = _fitting(step, cfg, room + (step["base"] if machine.described else 0))
+        change = _fitting(step, cfg, memory + (step["base"] if machine.described else 0))
         problems.append(f"{name}: needs {_gb(cost.memory)}{each}, {machine.name} has {machine.memory_gb:.0f} GB: "
                         f"{change}{fewer}")
     if machine.described and not cfg.workers and cost.feed > 0.2 * cost.step:
@@ -536,8 +536,8 @@ def _table(runs: list[PlannedRun], costs: list[Cost]) -> tuple[pd.DataFrame, pd.
         rows.append(row | cost.seconds | dict(
             seconds=cost.total, shared=sum(s for _, s, _ in own.values()), memory=cost.memory, disk=cost.disk_kept,
             working=cost.disk_working - cost.disk_kept))
-    pieces = pd.DataFrame(list(pieces.values()), columns=["what", "seconds", "bytes"])
-    return pd.DataFrame(rows), pieces.groupby("what", sort=False).sum()
+    pieces = pd.DataFrame(list(pieces.values()), columns=["kind", "seconds", "bytes"])
+    return pd.DataFrame(rows), pieces.groupby("kind", sort=False).sum()
 
 
 def _kinds(runs, costs, timings: dict, machine: Machine, at_once: int) -> tuple[pd.DataFrame, list[str]]:
@@ -588,7 +588,7 @@ def against(
     anywhere: bool = False,  # also where the run was done on another machine than this one
     steps: int = 3,
     echo: Callable[[str], None] = lambda text: None,
-) -> pd.DataFrame:  # what, estimated and measured (seconds), ratio
+) -> pd.DataFrame:  # step, estimated and measured (seconds), ratio
     "Estimate a finished run, and compare with what it recorded. ValueError where that cannot be done."
     record = read_run(folder)
     config, env, history, now = record["config"], record["environment"], record["history"], environment()
@@ -611,9 +611,9 @@ def against(
     if env.get("finished") and not env.get("resumed"):
         wall = (pd.Timestamp(env["finished"]) - pd.Timestamp(env["started"])).total_seconds()
         own = train + validate + cost.seconds["score"]
-        made = own + sum(s for what, s, _ in cost.shared.values() if "features" in what)
-        rows += [("whole run, features found", own, wall), ("whole run, features made", made, wall)]
-    table = pd.DataFrame(rows, columns=["what", "estimated", "measured"])
+        with_features = own + sum(s for kind, s, _ in cost.shared.values() if "features" in kind)
+        rows += [("whole run, features found", own, wall), ("whole run, features made", with_features, wall)]
+    table = pd.DataFrame(rows, columns=["step", "estimated", "measured"])
     return table.assign(ratio=table.estimated / table.measured)
 
 # %% ../../nbs/lab/estimate.ipynb #f8e18148

@@ -173,14 +173,14 @@ def show_table(table: pd.DataFrame, caption: str):
 
 def experiment_folder(
     method: str,  # name of the notebook
-    what,  # what it was asked, plain values: part of the name
+    asked,  # its parameters as plain values, which the name contains
     out: str | Path = "outputs",
     batch: str = "runs",
     name: str | None = None,
     folder: str | Path | None = None,  # the experiment's folder itself
 ) -> tuple[Path, Path, str]:  # the folder, and where its runs lie: out and batch
     "Say where an experiment that looks at runs puts its things: beside them."
-    folder = Path(folder) if folder else Path(out).expanduser() / batch / f"{name or method}-{fingerprint(what)}"
+    folder = Path(folder) if folder else Path(out).expanduser() / batch / f"{name or method}-{fingerprint(asked)}"
     return folder, folder.parent.parent, folder.parent.name
 
 # %% ../../nbs/lab/experiment.ipynb #3ac2c647

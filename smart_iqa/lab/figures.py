@@ -69,12 +69,12 @@ def save(
     return written
 
 # %% ../../nbs/lab/figures.ipynb #cd08e64f
-def need_columns(frame: pd.DataFrame, columns, what: str):
+def need_columns(frame: pd.DataFrame, columns, table: str):
     "Raise a ValueError that names the missing columns, or says that the frame is empty."
     if missing := [c for c in columns if c not in frame]:
-        raise ValueError(f"{what} lacks column{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        raise ValueError(f"{table} lacks column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     if not len(frame):
-        raise ValueError(f"{what} has no rows: nothing to draw")
+        raise ValueError(f"{table} has no rows: nothing to draw")
 
 # %% ../../nbs/lab/figures.ipynb #4d72e820
 def training_curves(
@@ -532,7 +532,7 @@ def arms_figure(
 def arms_forest(
     compared: pd.DataFrame,  # of `compare_arms`: arm, diff, low, high, p_holm
     title: str = "",
-    what: str = "SRCC on validation, minus the control's",  # the difference that is drawn
+    difference: str = "SRCC on validation, minus the control's",  # what is drawn
 ) -> plt.Figure:
     """Draw paired differences, a line per arm; filled where the corrected p-value is below .05.
 
@@ -548,7 +548,7 @@ def arms_forest(
         for y, r in enumerate(c.itertuples()):
             ax.plot([r.low, r.high], [y, y], color=PALETTE[0], lw=1.5)
             ax.plot(r.diff, y, "o", color=PALETTE[0], mfc=PALETTE[0] if r.p_holm < 0.05 else "white")
-        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel=f"{what}\n(95 % interval)", title=title)
+        ax.set(yticks=range(len(c)), yticklabels=c.arm, xlabel=f"{difference}\n(95 % interval)", title=title)
         ax.set_ylim(-0.6, len(c) - 0.4)
         ax.grid(axis="y", visible=False)
     return fig

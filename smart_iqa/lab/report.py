@@ -53,15 +53,15 @@ def parameters_for(
 ) -> dict:
     "Return the parameters of a study's notebook under a profile. RunError where it needs something that is not there."
     known = parameters_of(study.notebook)
-    given = {k: v for k, v in common.items() if v is not None and k in known}
+    parameters = {k: v for k, v in common.items() if v is not None and k in known}
     if study.takes == "models":
-        return given | study.parameters[profile]
+        return parameters | study.parameters[profile]
     if study.takes == "runs":
-        return given | dict(runs=",".join(_main_runs(out, batch, main)))
-    given |= dict(profile=profile)
+        return parameters | dict(runs=",".join(_main_runs(out, batch, main)))
+    parameters |= dict(profile=profile)
     if study.takes == "arms":
-        return given
-    return given | _across(study, profile, common, sets, lambda: _main_runs(out, batch, main))
+        return parameters
+    return parameters | _across(study, profile, common, sets, lambda: _main_runs(out, batch, main))
 
 
 def _across(study: Study, profile: str, common: dict, sets: str | None, main_runs: Callable) -> dict:
@@ -160,11 +160,11 @@ class _Batch:
         "Make one experiment, or leave it as it stands; a failure is listed."
         name = study.notebook
         try:
-            given = self.parameters(study, self.main())
-            folder = planned_folder(name, given, self.out, self.name)
+            parameters = self.parameters(study, self.main())
+            folder = planned_folder(name, parameters, self.out, self.name)
             self.echo(f"{name}: {'stands as it is' if self.stands(study, folder) else study.question}")
             # asked again under its lock: another batch may have made it meanwhile
-            execute(name, given, self.out, self.name, again=lambda: not self.stands(study, folder), echo=None)
+            execute(name, parameters, self.out, self.name, again=lambda: not self.stands(study, folder), echo=None)
             self.listing.finished(name, folder)
         except RunError as e:
             self.listing.fails(name, str(e))

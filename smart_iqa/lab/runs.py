@@ -232,7 +232,7 @@ def time_left(
     progress: dict,         # as `files.track` writes it; empty where nothing goes on
 ) -> float | None:          # of training, or before and after it of the present step; None where that is unknown
     "Estimate the seconds that are left, from the finished epochs or from the present one."
-    at_epoch = str(progress.get("what", "")).startswith("epoch ")
+    at_epoch = str(progress.get("step", "")).startswith("epoch ")
     between = bool(progress) and not at_epoch  # preparing, validating, or scoring at the end
     total, done_now = progress.get("total") or 0, progress.get("done", 0) - progress.get("initial", 0)
     rate = done_now / progress["seconds"] if done_now > 0 and progress.get("seconds", 0) > 0 else None
@@ -266,7 +266,7 @@ def run_state(
         row["state"] = "finished"
     elif running:
         row["state"], row["left"] = "running", time_left(config, history, progress)
-        row["doing"] = f"{progress['what']}: {progress['done']}/{progress['total']}" if progress else ""
+        row["doing"] = f"{progress['step']}: {progress['done']}/{progress['total']}" if progress else ""
     elif failure:
         row["state"], row["doing"] = "failed", f"{failure['kind']}: {failure['reason']}"
     elif config:
@@ -278,7 +278,7 @@ def run_state(
     return row
 
 # %% ../../nbs/lab/runs.ipynb #66b40e2a
-LOG = ("batch", "run", "what", "dataset", "seed", "state", "epochs", "val_srcc", "test_srcc", "test_clean_srcc",
+LOG = ("batch", "run", "title", "dataset", "seed", "state", "epochs", "val_srcc", "test_srcc", "test_clean_srcc",
        "seconds", "stopped", "started", "commit", "machine")
 
 
@@ -289,7 +289,7 @@ def _logged(folder: Path) -> dict:
     last = last_environment(env)  # where it was finished
     row = {k: v for k, v in config.items() if not isinstance(v, (dict, list))}
     row |= dict(batch=folder.parent.name, run=folder.name, state=run_state(folder)["state"], epochs=len(history))
-    for column, field in (("what", "method"), ("dataset", "dataset")):
+    for column, field in (("title", "method"), ("dataset", "dataset")):
         row[column] = record.get(field) or config.get(field)
     row |= {k: record.get(k) for k in ("seconds", "stopped", "note")}
     chips = [str(last[k]) for k in ("gpu", "cpu") if last.get(k)]
@@ -407,7 +407,7 @@ def _line(progress: dict) -> str:
     "Describe a progress state in one line: step, position, time left."
     rate = (progress["done"] - progress["initial"]) / max(progress["seconds"], 1e-9)
     left = f", {(progress['total'] - progress['done']) / rate:.0f} s left" if rate > 0 else ""
-    return f"{progress['what']}: {progress['done']}/{progress['total']}{left}"
+    return f"{progress['step']}: {progress['done']}/{progress['total']}{left}"
 
 
 def _epoch_line(row: dict) -> str:
@@ -443,10 +443,10 @@ class _Watcher:
         line, now = _line(progress), time.monotonic()
         if self.tty:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif self.echo and (progress["what"] != self.last_step or now - self.last_time > 30):
+        elif self.echo and (progress["step"] != self.last_step or now - self.last_time > 30):
             self.echo(line)
             self.last_time = now
-        self.last_step = progress["what"]
+        self.last_step = progress["step"]
 
     def epochs(self):
         "Show the epochs that have ended since the last look."

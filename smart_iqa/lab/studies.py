@@ -329,9 +329,9 @@ def study_runs(
     planned = {a: arm_parameters(study, a, profile, recipe, root=root, **machine) for a in arms}
     opened = dict(open_test=study.split != "val")
     return [
-        Job("train", opened | given | dict(seed=seed), label=f"{arm}, seed {seed}", key=(arm, seed))
+        Job("train", opened | parameters | dict(seed=seed), label=f"{arm}, seed {seed}", key=(arm, seed))
         for seed in seeds_of(profile, seeds)[: study.n_seeds]
-        for arm, given in planned.items() if isinstance(given, dict)
+        for arm, parameters in planned.items() if isinstance(parameters, dict)
     ]
 
 # %% ../../nbs/lab/studies.ipynb #873291aa
@@ -353,7 +353,7 @@ def cross_runs(
     **machine,  # cache, threads
 ) -> list[Job]:  # keys: (model, seed) of a training run, (model, set, number of the checkpoint) of an evaluation
     "List the runs of models against sets: training first, then every model on every domain and set."
-    given = {k: v for k, v in machine.items() if v is not None}
+    machine = {k: v for k, v in machine.items() if v is not None}
     of_set = dict(dataset=dataset or PROFILES[profile].get("dataset", Config.dataset))
     of_set |= dict(root=root) if root else {}
     start = dict(profile=profile, baseline=False, open_test=False) | of_set
@@ -363,31 +363,31 @@ def cross_runs(
     for seed in seeds if domains else ():
         for domain, pattern in domains.items():
             key = f"trained on {domain}", seed
-            parameters = start | dict(include=pattern) | given | (train or {}) | dict(seed=seed)
+            parameters = start | dict(include=pattern) | machine | (train or {}) | dict(seed=seed)
             jobs.append(Job("train", parameters, _words(domain, f"s{seed}"), f"{key[0]}, seed {seed}", key))
             models.setdefault(key[0], []).append(key)
     columns = {d: of_set | dict(include=p) for d, p in domains.items()}
     columns |= {name: dict(split="none", include="*") | own for name, own in (sets or {}).items()}
-    return jobs + _evaluations(models, columns, dict(leaks="mark") | given | (test or {}))
+    return jobs + _evaluations(models, columns, dict(leaks="mark") | machine | (test or {}))
 
 # %% ../../nbs/lab/studies.ipynb #5fd19376
-def _evaluations(models: dict[str, list], columns: dict[str, dict], given: dict) -> list[Job]:
+def _evaluations(models: dict[str, list], columns: dict[str, dict], parameters: dict) -> list[Job]:
     "Every model on every set."
     jobs = []
     for column, of_column in columns.items():
         for model, made in models.items():
             for k, source in enumerate(made):
                 name = _words(model, "on", column, *([f"{k}"] if len(made) > 1 else []))
-                jobs.append(_evaluation(given | of_column, source, name, (model, column, k)))
+                jobs.append(_evaluation(parameters | of_column, source, name, (model, column, k)))
     return jobs
 
 
-def _evaluation(given: dict, source: str | tuple, name: str, key: tuple) -> Job:
+def _evaluation(parameters: dict, source: str | tuple, name: str, key: tuple) -> Job:
     "One cell of the grid, of a checkpoint that is there or of a run that comes first."
     label = f"{key[0]} on {key[1]}, {key[2]}"
     if isinstance(source, tuple):
-        return Job("evaluate", given, name, label, key, needs=source)
-    return Job("evaluate", dict(checkpoint=source) | given, name, label, key)
+        return Job("evaluate", parameters, name, label, key, needs=source)
+    return Job("evaluate", dict(checkpoint=source) | parameters, name, label, key)
 
 # %% ../../nbs/lab/studies.ipynb #ed7bfe0f
 def cross_parameters(
@@ -429,8 +429,8 @@ def split_sizes(cfg: Config) -> dict[str, int]:
 
     Near-duplicates, which move some images of random splits, are not looked for. ValueError where nothing tells.
     """
-    given = {k: getattr(cfg, k) for k in _COUNTED}
-    return dict(_sizes(replace(Config(group_duplicates=False, leaks="mark"), **given)))
+    counted = {k: getattr(cfg, k) for k in _COUNTED}
+    return dict(_sizes(replace(Config(group_duplicates=False, leaks="mark"), **counted)))
 
 
 @lru_cache(maxsize=256)
@@ -441,10 +441,10 @@ def _sizes(cfg: Config) -> tuple:
     if cfg.include not in (None, "*"):
         raise ValueError(f"include={cfg.include!r}: how many images that is only the set knows: give root")
     n, official = find_set(cfg.dataset).images, find_set(cfg.dataset).official
-    given = cfg.split in ("official", "paper")
-    if n is None or cfg.split.endswith(".csv") or (given and isinstance(official, str)):
+    known = cfg.split in ("official", "paper")
+    if n is None or cfg.split.endswith(".csv") or (known and isinstance(official, str)):
         raise ValueError(f"{cfg.dataset}, split={cfg.split}: how many images that gives only the set knows: give root")
-    train, val, test = official if given else (0, 0, n)
+    train, val, test = official if known else (0, 0, n)
     if cfg.split == "random":
         test = round(cfg.test_fraction * n)
         train = n - test
