@@ -1,6 +1,7 @@
 """Stand-in sets for the tests: small synthetic pictures whose score is how little noise they carry. And notebooks
 without kernels."""
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
@@ -27,8 +28,14 @@ from smart_iqa.training import CropFeed, make_model
 SPLITS = ["train"] * 25 + ["val"] * 8 + ["test"] * 8  # 25: batches of 8 leave a last batch of one picture
 
 
+LONG = ("test_batches.py", "test_paper.py", "test_devices.py", "test_invariances.py", "test_finetune.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Give each file to one process, as its fixtures are shared; the notebooks need nothing from each other."""
+    """Give each file to one process, as its fixtures are shared; the notebooks need nothing from each other. Processes
+    take what stands first: long files begin, and the notebooks, which are short, fill the gaps at the end."""
+    order = {name: k for k, name in enumerate(LONG)} | {"test_notebooks.py": len(LONG) + 1}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
     for item in items:
         alone = item.path.name == "test_notebooks.py"
         item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
@@ -133,7 +140,9 @@ def run_cells(path, parameters: dict):
 
 
 def _execute_here(path: Path, folder: Path, parameters: dict):
-    """Do what `runs._execute` does, without papermill; there is no run.ipynb."""
+    """Do what `runs._execute` does, without papermill; the executed notebook has no outputs."""
+    threads = torch.get_num_threads()
+    shutil.copy(path, folder / "run.ipynb")
     with pytest.MonkeyPatch.context() as m:
         m.setenv(PROGRESS, str(folder / "progress.json"))
         try:
@@ -141,6 +150,8 @@ def _execute_here(path: Path, folder: Path, parameters: dict):
         except Exception as e:
             kind = type(e).__name__
             raise runs._failed(path.stem, folder, kind, str(e), f"{path.stem} failed with {kind}: {e}") from None
+        finally:
+            torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -207,7 +207,7 @@ def dask(*words):
         p.wait()
 
 
-def until_true(condition, within=120):
+def until_true(condition, within=300):
     end = time.monotonic() + within
     while not condition():
         assert time.monotonic() < end

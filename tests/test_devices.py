@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import small_config
+from conftest import small_config, without_kernels
 
 from smart_iqa import training
 from smart_iqa.config import make_config
@@ -311,7 +311,8 @@ def test_the_notebook_after_torchrun(tmp_path, standin):
         return [f"{k}={v}" for k, v in (given | dict(out=out)).items()]
 
     start("-m", "smart_iqa.lab.runs", *words(tmp_path / "2"))
-    one, two = (execute("train", given, out=tmp_path / n, echo=None) for n in "12")
+    with without_kernels():
+        one, two = (execute("train", given, out=tmp_path / n, echo=None) for n in "12")
     records = [json.loads((f / "record.json").read_text()) for f in (one, two)]
     assert one.name == two.name and np.isclose(*(r["splits"]["test"]["srcc"] for r in records), atol=1e-4)
     assert np.allclose(curve(two), curve(one), rtol=1e-4, atol=1e-4)

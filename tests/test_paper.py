@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY
+from conftest import STANDIN, TINY, without_kernels
 
+from smart_iqa.cli import main
 from smart_iqa.demo import DEMO_NOTE
 from smart_iqa.lab.experiment import arm_table, caption_of, is_current, readable
 from smart_iqa.lab.figures import arms_figure
@@ -42,12 +43,13 @@ ARMS = {
 }
 
 
-def sweep(batch, arms=ARMS, **kw):
+def sweep(batch):
     out, given = batch
-    study = Study("sweep", arms=dict(demo=arms), title="Losses")
-    return run_study(
-        study, "demo", recipe=given["recipe"], seeds="0", cache=given["cache"], out=out, batch="sweep", **kw
-    )
+    study = Study("sweep", arms=dict(demo=ARMS), title="Losses")
+    with without_kernels():
+        return run_study(
+            study, "demo", recipe=given["recipe"], seeds="0", cache=given["cache"], out=out, batch="sweep"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +74,11 @@ def test_what_cannot_run_is_a_row_with_its_reason(first):
     assert DEMO_NOTE in caption_of(first) and "n = 24" in caption_of(first)
 
 
-def test_another_error_stops_the_sweep(batch):
+def test_another_error_stops_the_sweep(standin, tmp_path):
     """A misspelt loss is no finding."""
-    with pytest.raises(RunError, match="unknown loss|choose|known"):
-        sweep(batch, {"typo": dict(loss="l3")})
+    typo = Study("sweep", arms=dict(demo={"typo": dict(loss="l3")}))
+    with without_kernels(), pytest.raises(RunError, match="unknown loss|choose|known"):
+        run_study(typo, "demo", recipe=STANDIN | dict(root=str(standin), threads=1), seeds="0", out=tmp_path)
 
 
 @pytest.mark.slow
@@ -181,7 +184,7 @@ def test_paper_again_changes_nothing_and_a_deleted_run_comes_back(report, batch)
 
 
 @pytest.mark.slow
-def test_a_failed_experiment_does_not_stop_the_others(batch, tmp_path):
+def test_a_failed_experiment_does_not_stop_the_others(batch, tmp_path, capsys):
     """losses cannot run with an unknown schedule; architecture needs no pictures. The command says which failed,
     in the report too."""
     recipe = json.dumps(TINY | dict(schedule="none"))
@@ -195,13 +198,9 @@ def test_a_failed_experiment_does_not_stop_the_others(batch, tmp_path):
         "--out",
         str(tmp_path),
     ]
-    done = subprocess.run([*COMMAND, "paper", *words], capture_output=True, text=True, timeout=600)
-    assert (
-        done.returncode == 1
-        and "losses failed" in done.stderr
-        and "schedule" in done.stderr
-        and "needs the runs of main" in done.stderr
-    )
+    assert main(["paper", *words]) == 1
+    said = capsys.readouterr().err
+    assert "losses failed" in said and "schedule" in said and "needs the runs of main" in said
     record = json.loads(next(tmp_path.glob("paper-demo/report-*/record.json")).read_text())
     assert set(record["failed"]) == {"losses", "attention"} and any("architecture" in f for f in record["files"])
 
@@ -219,13 +218,10 @@ def test_parameters_of_every_experiment_fit():
                 ), step
 
 
-@pytest.mark.slow
-def test_cli_says_what_is_wrong(tmp_path):
+def test_cli_says_what_is_wrong(tmp_path, capsys):
     def said(*words):
-        done = subprocess.run(
-            [*COMMAND, "paper", *words, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120
-        )
-        return done.returncode, done.stderr + done.stdout
+        code, told = main(["paper", *words, "--out", str(tmp_path)]), capsys.readouterr()
+        return code or 0, told.err + told.out
 
     assert said("--profile", "lite") == (
         1,
@@ -239,7 +235,7 @@ def test_cli_says_what_is_wrong(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_log(first, batch):
+def test_the_log(first, batch, capsys):
     """Filtered, compared, written; the command prints what the frame holds."""
     out = batch[0]
     frame = list_runs(out, "loss == 'l2'")
@@ -261,22 +257,17 @@ def test_the_log(first, batch):
         "--csv",
         str(csv),
     ]
-    done = subprocess.run([*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120)
-    assert (
-        done.returncode == 0
-        and Path(first.runs["l1", 0]["folder"]).name in done.stdout
-        and "l2" not in done.stdout
-        and len(pd.read_csv(csv)) >= 1
-    )
+    assert not main(["runs", "--out", str(out), *words])
+    said = capsys.readouterr().out
+    assert Path(first.runs["l1", 0]["folder"]).name in said and "l2" not in said and len(pd.read_csv(csv)) >= 1
     for words, told in (
         (["--where", "los == 1"], "columns:"),
         (["--columns", "lose"], "did you mean"),
         (["--compare", "nothing"], "fits 0 runs"),
     ):
-        done = subprocess.run(
-            [*COMMAND, "runs", "--out", str(out), *words], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
+        assert main(["runs", "--out", str(out), *words]) == 1
+        said = capsys.readouterr().err
+        assert told in said and "Traceback" not in said
 
 
 @pytest.mark.slow
