@@ -28,7 +28,14 @@ setup(
     package_data={f"{lib}.experiments": ["*.ipynb"], lib: ["data_files/*", "weights/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "batch", "export", "paper")},
+    extras_require={
+        "lab": cfg["lab_requirements"].split(),
+        # each of these adds to the research half
+        **{
+            extra: f"{cfg['lab_requirements']} {cfg[f'{extra}_requirements']}".split()
+            for extra in ("dev", "batch", "export", "paper")
+        },
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
     zip_safe=False,
 )

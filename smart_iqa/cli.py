@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OUT', 'DATA', 'COMMANDS', 'option', 'flag', 'parameter', 'say', 'note', 'Scoring', 'Score', 'with_pictures', 'Best',
            'Demo', 'parse_parameters', 'Run', 'Finetune', 'Runs', 'Batch', 'Paper', 'paper', 'Plan', 'OnDisk',
-           'DataList', 'how_to_get', 'DataInfo', 'DataCheck', 'DataPrepare', 'DataSplit', 'read_words', 'main']
+           'DataList', 'how_to_get', 'DataInfo', 'DataCheck', 'DataPrepare', 'DataSplit', 'read_words', 'version_text',
+           'main']
 
 # %% ../nbs/cli.ipynb #7ed58308
 import os
@@ -21,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg, create_mutex_group, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
+from . import __version__
 from .config import FIELDS, Count, Fraction, Text, Whole, advice, check_names, choices, make_config
 
 # %% ../nbs/cli.ipynb #3035fcbb
@@ -94,23 +96,27 @@ class Scoring:
         "files, folders, patterns such as 'photos/**/*.jpg'; - reads names from stdin, one per line or NUL"))]
     recursive: Annotated[bool, arg(help="folders with their subfolders")] = True
     model: option(Text, "packaged model, checkpoint, run folder or hub id", "NAME|FILE|ID") = "smart-lite"
-    fast: Annotated[flag("the model's cheaper policy: a few crops, with intervals of its own"), _POLICY] = False
+    thorough: Annotated[flag("the model's second policy: many crops, several times the time, intervals of its own"),
+                        _POLICY] = False
     crops: Annotated[option(Count | None, "another number of crops; no intervals where it was not calibrated", "N"),
                      _POLICY] = None
     level: option(Fraction, "part of pictures whose mean opinion the interval is to hold", "PART") = 0.9
+    engine: option(Literal["auto", "onnxruntime", "openvino", "torch"], "what computes; auto: torch on a GPU, "
+                   "else onnxruntime where the model has an ONNX file") = "auto"
     device: option(Text, "auto, cpu, cuda, cuda:1 or mps") = "auto"
-    amp: option(Literal["auto", "on", "off"], "bf16 arithmetic; auto is faster where the machine has it, "
-                "off gives the same numbers everywhere") = "off"
-    batch: option(Count, "crops at a time", "N") = 32
-    threads: option(Count | None, "threads of the network", "N", "as torch chooses") = None
+    amp: option(Literal["auto", "on", "off"], "bf16 arithmetic in torch and OpenVINO: faster where the machine has it, "
+                "and a little different") = "off"
+    batch: option(Count | None, "crops at a time", "N", "as the engine has it") = None
+    threads: option(Count | None, "pictures at a time", "N", "one per core") = None
     quiet: flag("no progress and no table; failures and the summary stay") = False
 
     def scorer(self):
         "Load the model."
-        from smart_iqa.app.scoring import create_scorer
+        from smart_iqa.app.engines import create_scorer
 
-        return create_scorer(self.model, self.device, self.fast, self.crops, amp=self.amp, batch_size=self.batch,
-                             level=self.level)
+        sizes = dict(batch_size=self.batch, threads=self.threads)
+        return create_scorer(self.model, self.device, self.engine, self.thorough, self.crops, amp=self.amp,
+                             level=self.level, **{k: v for k, v in sizes.items() if v})
 
 # %% ../nbs/cli.ipynb #scorecmd
 @dataclass(kw_only=True)
@@ -158,7 +164,7 @@ def _summary(frame, failed: list[str], seconds: float, model: str) -> str:
 
 def _score_pictures(args: Score, pictures: list) -> int:
     "Score the pictures, show the table, write what was asked for. Return the exit code."
-    from smart_iqa.app.folders import contact_sheet, model_id, pick_rows, printable, score_files, table_text, write_maps
+    from smart_iqa.app.folders import contact_sheet, pick_rows, printable, score_files, table_text, write_maps
 
     scorer, started = args.scorer(), time.time()
     frame = score_files(scorer, pictures, args.out, progress=not args.quiet)
@@ -173,7 +179,7 @@ def _score_pictures(args: Score, pictures: list) -> int:
         contact_sheet(frame, args.html, scorer.info, pictures, not args.quiet)
     for line in failed:
         note(printable(line))
-    note(_summary(frame, failed, seconds, model_id(scorer)))
+    note(_summary(frame, failed, seconds, scorer.id))
     for path in filter(None, (args.out, args.heatmap, args.html)):
         note(f"wrote {path}")
     return int(bool(failed))
@@ -185,10 +191,6 @@ def with_pictures(
     table: str | None,  # file that keeps the scores when the work is stopped
 ) -> int:
     "Do a command's work on the pictures that its arguments name. Return the exit code; 2: there is none."
-    import torch
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.html and Path(args.html).is_dir():
         raise ValueError(f"{args.html}: a folder; --html takes the name of a file")
     try:
@@ -237,7 +239,7 @@ class Best(Scoring):
 def _best_pictures(args: Best, pictures: list) -> int:
     "Group and score the pictures, show the groups, write what was asked for. Return the exit code."
     from smart_iqa.app.best import best_files, best_sheet, best_text, write_best
-    from smart_iqa.app.folders import model_id, printable
+    from smart_iqa.app.folders import printable
 
     scorer, started = args.scorer(), time.time()
     frame = best_files(scorer, pictures, args.scores, args.alone, not args.quiet)
@@ -252,7 +254,7 @@ def _best_pictures(args: Best, pictures: list) -> int:
         note(printable(f"{file}: {error}"))
     parts = [f"{facts['grouped']} pictures in {facts['groups']} groups", f"{facts['alone']} alone"]
     parts += [f"{len(failed)} failed"] * bool(len(failed)) + [f"{facts['kept']} scored before"] * bool(facts["kept"])
-    note("; ".join([*parts, f"{time.time() - started:.1f} s", model_id(scorer)]))
+    note("; ".join([*parts, f"{time.time() - started:.1f} s"(scorer)]))
     for path in filter(None, (args.out, args.html, args.scores)):
         note(f"wrote {path}")
     return int(bool(len(failed)))
@@ -702,7 +704,9 @@ class DataSplit(OnDisk):
 DATA = {"list": DataList, "info": DataInfo, "check": DataCheck, "prepare": DataPrepare, "split": DataSplit}
 COMMANDS = {"score": Score, "best": Best, "demo": Demo, "run": Run, "finetune": Finetune, "runs": Runs,
             "paper": Paper, "plan": Plan}
-_ABOUT = "Blind image quality assessment: score photographs; train, evaluate and report models."
+_ABOUT = """Blind image quality assessment: score photographs; train, evaluate and report models.
+
+--version names the package, its model and how to cite them."""
 _ABOUT_DATA = """Show what is known about image sets; check, prepare and split a copy of one.
 
 Example: smart-iqa data check koniq-10k KonIQ"""
@@ -726,13 +730,30 @@ def read_words(
     return command
 
 
+def version_text() -> str:
+    "Name the package, its model and the sentence that cites both."
+    from smart_iqa.app.engines import create_scorer
+
+    scorer = create_scorer(device="cpu")
+    return f"smart-iqa {__version__}\n{scorer.id}\ncite: {scorer.citation}"
+
+
 def main(
     words: list[str] | None = None,  # of the command line; None: of this process
 ) -> int:
     "Run a command: the entry point of `smart-iqa`. Return the exit code."
-    command = read_words(sys.argv[1:] if words is None else [*words])
+    words = sys.argv[1:] if words is None else [*words]
+    if words[:1] == ["--version"]:
+        say(version_text())
+        return 0
+    command = read_words(words)
     try:
         return command() or 0
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("smart_iqa"):
+            raise
+        note(f"this needs {e.name}, which scoring photographs does not: pip install 'smart-iqa[lab]'")
+        return 1
     except (ValueError, RuntimeError) as e:
         note(str(e))
         return 1

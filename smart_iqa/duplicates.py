@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HASH_BITS', 'THUMB_CORRELATION', 'NO_SIGNATURE', 'SIDE', 'WINDOW', 'ZOOMS', 'SCENE_BITS', 'SCENE_CORRELATION',
-           'SCENE_FIT', 'BURST_FIT', 'signature', 'find_near_duplicates', 'group_pairs', 'small_grey', 'overlay',
-           'Scene', 'scene_of', 'same_scene', 'find_same_scenes']
+           'SCENE_FIT', 'BURST_FIT', 'perceptual_hash', 'signature', 'find_near_duplicates', 'group_pairs',
+           'small_grey', 'overlay', 'Scene', 'scene_of', 'same_scene', 'find_same_scenes']
 
 # %% ../nbs/duplicates.ipynb #dupl0003
 import os
@@ -13,12 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageFilter
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from .files import track
 from .images import load_image
@@ -29,6 +26,18 @@ HASH_BITS, THUMB_CORRELATION = 8, 0.9  # at most so many bits apart, at least so
 NO_SIGNATURE = np.uint64(0), np.zeros(1024, np.float32)  # of a picture that cannot be read: it resembles no other
 
 
+_WAVES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))  # (8, 32): the slow waves of a DCT
+
+
+def perceptual_hash(
+    img: Image.Image,  # grey
+) -> np.uint64:
+    "Compute the 64 bits of `imagehash.phash`: which of the slow waves of a 32 x 32 thumbnail lie above their median."
+    pixels = np.asarray(img.resize((32, 32), Image.Resampling.LANCZOS), float)
+    waves = _WAVES @ pixels @ _WAVES.T
+    return np.packbits((waves > np.median(waves)).ravel()).view(">u8")[0].astype(np.uint64)
+
+
 def signature(
     img: Image.Image,  # decoded
 ) -> tuple[np.uint64, np.ndarray]:
@@ -36,8 +45,7 @@ def signature(
     img = img.convert("L")
     thumb = np.asarray(img.resize((32, 32), Image.Resampling.BILINEAR), np.float32).ravel()
     thumb = thumb - thumb.mean()
-    bits = np.packbits(imagehash.phash(img).hash.ravel()).view(">u8")[0]
-    return np.uint64(bits), thumb / max(float(np.linalg.norm(thumb)), 1e-6)
+    return perceptual_hash(img), thumb / max(float(np.linalg.norm(thumb)), 1e-6)
 
 
 def _file_signature(path: Path) -> tuple[np.uint64, np.ndarray]:
@@ -83,7 +91,13 @@ def group_pairs(
     codes, n = pd.factorize(refs)[0], len(refs)
     first = pd.Series(np.arange(n)).groupby(codes).transform("first").to_numpy()  # ties every row to its scene
     a, b = np.r_[np.arange(n), pairs.a.to_numpy(int)], np.r_[first, pairs.b.to_numpy(int)]
-    return connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)[1]
+    label, before = np.arange(n), None
+    while before is None or (label != before).any():  # each row takes the lowest number that it is tied to
+        before, lower = label.copy(), np.minimum(label[a], label[b])
+        np.minimum.at(label, a, lower)
+        np.minimum.at(label, b, lower)
+        label = label[label]
+    return np.unique(label, return_inverse=True)[1]
 
 # %% ../nbs/duplicates.ipynb #dupl0013
 SIDE, WINDOW = 64, 40  # pixels of a small picture, and of the window that is moved over another

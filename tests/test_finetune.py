@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from smart_iqa.app.scoring import Policy, Scorer, create_scorer, save_scorer
+from smart_iqa.app.engines import Scorer, create_scorer, save_scorer
+from smart_iqa.app.scoring import Policy
 from smart_iqa.cli import main
 from smart_iqa.lab.runs import execute, read_run
 from smart_iqa.model import build_model

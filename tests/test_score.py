@@ -24,17 +24,17 @@ import torch
 from conftest import picture
 from PIL import Image, ImageCms
 
+from smart_iqa.app.engines import Scorer, create_scorer, save_scorer
 from smart_iqa.app.folders import (
     COLUMNS,
     Journal,
     PictureFile,
     contact_sheet,
     find_pictures,
-    model_id,
     read_scores,
     score_files,
 )
-from smart_iqa.app.scoring import Calibration, Policy, Scorer, create_scorer, save_scorer
+from smart_iqa.app.scoring import Calibration, Policy
 from smart_iqa.cli import main
 from smart_iqa.demo import photograph
 from smart_iqa.images import ImageError, load_image
@@ -254,7 +254,7 @@ def hostile(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packaged():
     """The packaged weights under a policy that is quick on strips, where 64 columns of the usual crops take seconds."""
-    own = create_scorer("smart-lite", device="cpu", amp="off")
+    own = create_scorer("smart-lite", device="cpu", engine="torch")
     return Scorer(own.model, Policy(224, "short", 128, 4), own.calibration, own.info, device="cpu", amp="off")
 
 
@@ -534,7 +534,7 @@ def test_columns(kind, photos, toy, run):
         and first.level == 0.9
     )
     assert (
-        (table.model == model_id(toy)).all()
+        (table.model == toy.id).all()
         and table.error[0].startswith("cannot be decoded")
         and table.error[6] == "no such file or folder"
     )
@@ -641,14 +641,14 @@ def test_one_table_one_model(photos, toy, run):
 
 def test_fingerprint_of_a_model(toy, model_file):
     """The same after saving; another for other weights, policy or calibration."""
-    own = model_id(toy)
-    assert own == model_id(create_scorer(model_file, device="cpu")) == model_id(make_toy()) and own.startswith("toy@")
+    own = toy.id
+    assert own == create_scorer(model_file, device="cpu").id == make_toy().id and own.startswith("toy@")
     other = [
         make_toy(seed=1),
         Scorer(toy.model, Policy(64, "short", 32, 3), toy.calibration, toy.info),
         Scorer(toy.model, toy.policy, None, toy.info),
     ]
-    assert len({own, *map(model_id, other)}) == 4
+    assert len({own, *(s.id for s in other)}) == 4
 
 
 def test_a_model_without_calibration(photos, toy):
@@ -876,7 +876,7 @@ def test_contact_sheet(photos, toy, run):
         "broken.jpg: cannot be decoded" in page.text
         and "90 %" in page.text
         and "higher is better" in page.text
-        and model_id(toy) in page.text
+        and toy.id in page.text
     )
     assert "prefers-color-scheme" in source and "undefined" not in source and "nan" not in page.text.lower()
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from PIL import Image, ImageFilter
 
 import smart_iqa
-from smart_iqa.app.scoring import Calibration, Policy, Scorer, create_scorer, layout, save_scorer
+from smart_iqa.app.engines import Scorer, card_of, create_scorer, save_scorer
+from smart_iqa.app.scoring import Calibration, Policy, layout
 from smart_iqa.demo import photograph
-from smart_iqa.images import ImageError
+from smart_iqa.images import ImageError, load_image
 from smart_iqa.model import CheckpointError, build_model, find_checkpoint, read_about
 
 PHOTOS = ("coffee", "chelsea", "camera", "rocket")
@@ -20,7 +22,7 @@ PHOTOS = ("coffee", "chelsea", "camera", "rocket")
 
 @pytest.fixture(scope="module")
 def scorer():
-    return smart_iqa.create_scorer("smart-lite", device="cpu", amp="off")
+    return smart_iqa.create_scorer("smart-lite", device="cpu", engine="torch")
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +52,16 @@ def small():
 
 
 def test_a_picture_has_one_score(scorer, photos, alone):
-    """Alone, in a list, in another order: fp32 to 1e-3 points of 100 (in fact to the bit)."""
-    together, turned = scorer(photos), scorer(photos[::-1])[::-1]
-    assert np.abs(together - alone).max() < 1e-3 and np.abs(turned - alone).max() < 1e-3
+    """Alone, in a list, in another order: to the bit."""
+    assert np.array_equal(scorer(photos), alone)
+    assert np.array_equal(scorer(photos[::-1])[::-1], alone)
     assert len(set(np.round(alone, 2))) == len(alone)  # and different pictures have different ones
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batch_size_moves_nothing(scorer, photos, alone, batch_size):
     other = Scorer(
-        scorer.model, scorer.policy, scorer.calibration, scorer.info, device="cpu", amp="off", batch_size=batch_size
+        scorer.model, scorer.policy, scorer.calibration, scorer.info, device="cpu", batch_size=batch_size
     )
     assert np.abs(other(photos[:2]) - alone[:2]).max() < 1e-3
 
@@ -201,7 +203,10 @@ def test_the_packaged_model():
     path = find_checkpoint("smart-lite")
     about = read_about(path)
     assert path.stat().st_size <= 12e6 and about["calibration"]["residuals"] and about["policy"]["crops"] > 0
+    scorer = create_scorer(device="cpu", thorough=True)
+    assert scorer.policy.crops == 20 and scorer.calibration.scores
     scorer = create_scorer(device="cpu")
+    assert scorer.calibration.scores and scorer.engine == "onnxruntime"
     assert scorer.score_range == (0, 100) and scorer.higher_is_better
     assert {"name", "trained_on", "licence", "data_terms", "measured", "meaning", "fails_on"} <= set(scorer.info)
     json.dumps(scorer.info)
@@ -232,33 +237,95 @@ def test_image_with_no_number_is_an_error(small):
     assert isinstance(next(small.stream([Image.new("RGB", (64, 64))])), ImageError)
 
 
-def test_fast_policy(photos, scorer, tmp_path):
-    """Fewer crops, an interval of its own, the same whatever the batch; the default stays, also through a file."""
-    fast = create_scorer("smart-lite", device="cpu", amp="off", fast=True)
-    assert fast.policy.crops < scorer.policy.crops and fast.calibration.residuals != scorer.calibration.residuals
-    found = fast.details(photos[:3])
-    other = create_scorer("smart-lite", device="cpu", amp="off", fast=True, batch_size=1)
-    assert np.abs(other(photos[:3]) - [s.score for s in found]).max() < 1e-3
-    assert all(s.low < s.score < s.high for s in found)
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_two_policies(photos, scorer, tmp_path, engine):
+    """More crops, an interval of its own, the same whatever the batch; both survive in a file."""
+    default = create_scorer("smart-lite", device="cpu", engine=engine)
+    thorough = create_scorer("smart-lite", device="cpu", engine=engine, thorough=True)
+    assert thorough.policy.crops > default.policy.crops and thorough.id != default.id
+    assert thorough.calibration.residuals != default.calibration.residuals
+    scores = thorough.details(photos[:3])
+    other = create_scorer("smart-lite", device="cpu", engine=engine, thorough=True, batch_size=1)
+    assert np.abs(other(photos[:3]) - [s.score for s in scores]).max() < 1e-3
+    assert all(s.low < s.score < s.high for s in scores)
     save_scorer(scorer, tmp_path / "copy.safetensors")
-    assert create_scorer(tmp_path / "copy.safetensors", fast=True).calibration == fast.calibration
-    assert create_scorer(tmp_path / "copy.safetensors").calibration == scorer.calibration
+    assert create_scorer(tmp_path / "copy.safetensors", thorough=True).calibration == thorough.calibration
+    assert create_scorer(tmp_path / "copy.safetensors").calibration == default.calibration
 
 
-def test_fast_without_a_fast_policy(small, tmp_path):
+def test_without_a_second_policy(small, tmp_path):
     """A model without one says so; another number of crops has no intervals, and never borrows those of the policy."""
     save_scorer(small, tmp_path / "small.safetensors")
-    with pytest.raises(ValueError, match="no fast policy"):
-        create_scorer(tmp_path / "small.safetensors", fast=True)
+    with pytest.raises(ValueError, match="no thorough policy"):
+        create_scorer(tmp_path / "small.safetensors", thorough=True)
     with pytest.raises(ValueError, match="crops=0"):
         create_scorer(tmp_path / "small.safetensors", crops=0)
     with pytest.warns(UserWarning, match="not calibrated with 6 crops"):
         other = create_scorer(tmp_path / "small.safetensors", crops=6, device="cpu")
     assert np.isnan(other.details([Image.new("RGB", (64, 64))])[0].low)
-    assert (
-        create_scorer(tmp_path / "small.safetensors", crops=small.policy.crops, device="cpu").calibration
-        == small.calibration
-    )
+    same = create_scorer(tmp_path / "small.safetensors", crops=small.policy.crops, device="cpu")
+    assert same.calibration == small.calibration
+
+
+def test_engines_agree_on_fifty_pictures(scorer):
+    """The ONNX file in the package gives torch's scores to a hundredth of a point, by the default policy."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for k in range(50):
+        photo = photograph(PHOTOS[k % len(PHOTOS)])
+        photo = photo.resize((int(rng.integers(200, 900)), int(rng.integers(200, 900))))
+        pictures.append(photo.filter(ImageFilter.GaussianBlur(rng.uniform(0, 3))))
+    by_onnx = create_scorer("smart-lite", device="cpu", engine="onnxruntime")
+    assert np.abs(by_onnx(pictures) - scorer(pictures)).max() < 0.01
+    assert by_onnx.id.rpartition("/")[0] == scorer.id.rpartition("/")[0] and by_onnx.id != scorer.id
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_threads_are_independent(engine):
+    """Eight threads that share a scorer get what one gets, bit for bit, scores and attention, sizes mixed."""
+    scorer = create_scorer("smart-lite", device="cpu", engine=engine)
+    pictures = [photograph(PHOTOS[k % 4]).resize((200 + 40 * (k % 3), 200 + 30 * (k % 5))) for k in range(16)]
+    alone = [scorer.details(p)[0] for p in pictures]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda p: scorer.details(p)[0], pictures * 2)) == alone * 2
+
+
+def test_a_large_photo_is_decoded_smaller(tmp_path):
+    """A JPEG of 12 megapixels is scored from a reduced decoding, upright, within half a point of the whole one."""
+    scorer, rng = create_scorer("smart-lite", device="cpu"), np.random.default_rng(0)
+    photo = photograph("coffee").resize((4000, 3000), Image.Resampling.BICUBIC)
+    noisy = np.asarray(photo, np.int16) + rng.normal(0, 6, (3000, 4000, 1)).astype(np.int16)
+    photo, turned = Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), Image.Exif()
+    turned[274] = 6
+    photo.save(tmp_path / "whole.jpg", quality=92)
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=92, exif=turned)
+    whole = load_image(tmp_path / "whole.jpg")
+    by_file, by_pixels = scorer.details([tmp_path / "whole.jpg", whole])
+    (upright,) = scorer.details(tmp_path / "turned.jpg")
+    assert by_file.score != by_pixels.score  # it was reduced
+    assert abs(by_file.score - by_pixels.score) < 0.5
+    assert (by_file.width, by_file.height) == (upright.width, upright.height) == (4000, 3000)
+    assert abs(upright.score - by_file.score) < 0.5
+
+
+@pytest.mark.parametrize("one", ["path", "Path", "PIL", "array", "tensor"])
+def test_one_picture_is_one_picture_everywhere(small, photos, tmp_path, one):
+    """A single picture is one row of `table` and `details`, whatever it comes as; wrong things are named."""
+    photos[0].save(tmp_path / "a.png")
+    pixels = np.asarray(photos[0])
+    picture = dict(path=str(tmp_path / "a.png"), Path=tmp_path / "a.png", PIL=photos[0], array=pixels,
+                   tensor=torch.from_numpy(pixels.copy()).permute(2, 0, 1))[one]
+    assert len(small.table(picture)) == len(small.details(picture)) == 1
+    assert small.table(picture).score[0] == small(picture)
+
+
+def test_a_damaged_open_picture_costs_one_row(small, photos, tmp_path):
+    """A lazily opened PIL picture whose file is cut fails like its path does, in its own row."""
+    photos[0].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:20_000])
+    results = list(small.stream([photos[0], Image.open(tmp_path / "cut.png"), photos[1]]))
+    assert isinstance(results[1], ImageError) and "cut.png" in str(results[1])
+    assert results[2].score == small(photos[1])
 
 
 def test_weights_of_the_scoring_copy_are_its_own(small):
@@ -270,12 +337,38 @@ def test_weights_of_the_scoring_copy_are_its_own(small):
     } == {torch.float32}
 
 
-@pytest.mark.parametrize("modules", ["smart_iqa", "smart_iqa.app.scoring, smart_iqa.app.folders"])
-def test_importing_takes_no_torch(modules):
-    """Who only looks for pictures or asks for help does not wait for torch; scoring itself imports it."""
-    code = f"import sys, {modules}; print(sorted({{'torch', 'torchvision', 'timm'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "[]"
+RESEARCH = ("torch", "torchvision", "timm", "scipy", "matplotlib", "sklearn", "skimage", "safetensors", "onnx")
+NONE_OF_THEM = f"""
+import sys
+for name in {RESEARCH}:
+    sys.modules[name] = None  # importing it raises ImportError
+"""
+
+
+def without_research(code: str, *words: str) -> subprocess.CompletedProcess:
+    """Run Python where the research half cannot be imported."""
+    command = [sys.executable, "-c", NONE_OF_THEM + code, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_scoring_imports_no_research(tmp_path, photos):
+    """The command line scores, maps and draws a contact sheet without torch, timm, torchvision, scipy or matplotlib."""
+    photos[0].save(tmp_path / "a.jpg")
+    outputs = ["--out", tmp_path / "s.csv", "--html", tmp_path / "s.html", "--heatmap", tmp_path]
+    words = ["score", tmp_path / "a.jpg", *outputs]
+    done = without_research("from smart_iqa.cli import main\nsys.exit(main(sys.argv[1:]))", *map(str, words))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.jpg.map.png").exists() and "a.jpg" in (tmp_path / "s.html").read_text()
+
+
+def test_what_needs_research_says_so():
+    """Who asks for a model, or for a command of the research half, is told which extra to install."""
+    done = without_research("from smart_iqa import SmartIQA")
+    assert "ImportError" in done.stderr and "smart-iqa[lab]" in done.stderr
+    done = without_research("from smart_iqa.cli import main\nsys.exit(main(['demo']))")
+    assert done.returncode == 1 and "smart-iqa[lab]" in done.stderr and "Traceback" not in done.stderr
+    done = without_research("import smart_iqa\nsmart_iqa.create_scorer('smart-lit')")
+    assert "smart-lite" in done.stderr
 
 
 def test_old_import_paths():
@@ -286,3 +379,10 @@ def test_old_import_paths():
     assert SmartIQA.__module__ == HyperIQA.__module__ == load_checkpoint.__module__ == "smart_iqa.model"
     assert DataLoader.__module__ == "smart_iqa.data"
     assert smart_iqa.create_scorer is create_scorer
+
+
+def test_the_onnx_file_is_the_checkpoint():
+    """The two packaged files have the same weights and the same card."""
+    by_torch, by_onnx = (create_scorer(device="cpu", engine=engine) for engine in ("torch", "onnxruntime"))
+    assert by_onnx.weights == by_torch.weights
+    assert card_of(by_onnx) == card_of(by_torch) == read_about(find_checkpoint("smart-lite"))

@@ -14,7 +14,8 @@ from conftest import picture, prepare, small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from smart_iqa.app.scoring import Policy, Scorer, quality_figure
+from smart_iqa.app.engines import Scorer
+from smart_iqa.app.scoring import Policy, quality_figure
 from smart_iqa.config import make_config, run_id
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.lab.figures import attention_by_decile, attention_table
@@ -367,7 +368,8 @@ def test_scorer_and_figure(scorer):
 def test_onnx(scorer, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install onnx onnxscript onnxruntime")
-    from smart_iqa.app.export import OnnxScorer, export_onnx
+    from smart_iqa.app.engines import OnnxScorer
+    from smart_iqa.app.export import export_onnx
 
     found = export_onnx(scorer, tmp_path / "a.onnx")
     assert sorted(set(found.batch)) == [1, 3, 20] and found.attention.max() <= 1e-5

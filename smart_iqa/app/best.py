@@ -27,7 +27,7 @@ from smart_iqa.app.folders import (
 from .scoring import PictureScorer, compare_scores, preference_of
 from ..duplicates import BURST_FIT, Scene, find_same_scenes, group_pairs, overlay, scene_of
 from ..files import ahead, replacing, track, write_whole
-from ..images import ImageError, load_image
+from ..images import ImageError, load_reduced
 
 # %% ../../nbs/app/best.ipynb #best0006
 def exposure(
@@ -61,7 +61,7 @@ class Glance:
 def glance(path: str | Path) -> Glance:
     "Look at a file, small."
     try:
-        scene = scene_of(load_image(path, draft=256))
+        scene = scene_of(load_reduced(path, 256)[0])
     except (ImageError, MemoryError):
         return Glance(None)
     return Glance(scene, *exposure(path))

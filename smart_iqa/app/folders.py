@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NOT_PIXELS', 'COLUMNS', 'SORTS', 'picture_suffixes', 'PictureFile', 'printable', 'find_pictures', 'split_names',
-           'model_id', 'Journal', 'read_scores', 'score_files', 'pick_rows', 'table_text', 'write_maps', 'thumbnail',
-           'sheet_card', 'score_meaning', 'sheet_head', 'sheet_failures', 'contact_sheet']
+           'Journal', 'read_scores', 'score_files', 'pick_rows', 'table_text', 'write_maps', 'thumbnail', 'sheet_card',
+           'score_meaning', 'sheet_head', 'sheet_failures', 'contact_sheet']
 
 # %% ../../nbs/app/folders.ipynb #48a9e0b7
 import base64
 import csv
-import hashlib
 import html
+import importlib.util
 import io
 import json
 import math
@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 
@@ -29,10 +29,10 @@ from filelock import Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .scoring import Score, Scorer
+from .scoring import PictureScorer, Score
 from ..config import fingerprint
 from ..files import ahead, cache_dir, replacing, take_lock, track, write_whole
-from ..images import ImageError, load_image
+from ..images import ImageError, load_image, load_reduced
 
 # %% ../../nbs/app/folders.ipynb #327c889e
 NOT_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
@@ -155,20 +155,9 @@ def split_names(
         lines = [line.rstrip(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     return [os.fsdecode(line) for line in lines if line]
 
-# %% ../../nbs/app/folders.ipynb #d3311461
-def model_id(scorer: Scorer) -> str:
-    "Make a name and fingerprint of all that defines a scorer's numbers, e.g. smart-lite@0123456789."
-    import torch
-
-    rules = [asdict(scorer.policy), asdict(scorer.calibration) if scorer.calibration else None]
-    digest = hashlib.sha256(json.dumps(rules).encode())
-    for name, t in sorted(scorer.model.state_dict().items()):
-        digest.update(name.encode() + t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"{scorer.info.get('name', type(scorer.model).__name__)}@{digest.hexdigest()[:10]}"
-
 # %% ../../nbs/app/folders.ipynb #c3089466
-COLUMNS = dict(file=str, score=float, low=float, high=float, level=float, std=float, width=int, height=int,
-               bytes=int, modified=str, model=str, error=str)
+COLUMNS = dict(file=str, score=float, low=float, high=float, level=float, percentile=float, std=float, width=int,
+               height=int, bytes=int, modified=str, model=str, error=str)
 _BEGINS = {".csv": ",".join(COLUMNS), ".jsonl": '{"file": '}
 
 
@@ -222,6 +211,8 @@ class Journal:
         if suffix not in (".csv", ".jsonl", ".parquet"):
             raise ValueError(f"{path}: scores are written as .csv, .jsonl or .parquet")
         self.parquet = suffix == ".parquet"
+        if self.parquet and importlib.util.find_spec("pyarrow") is None:
+            raise ValueError(f"{path}: parquet needs one more package: pip install pyarrow; or give a .csv")
         self.lines = self.path.with_name(f"{self.path.name}.part.jsonl") if self.parquet else self.path
         self.kind = self.lines.suffix.lower()
 
@@ -313,7 +304,7 @@ def _row(file: PictureFile, stamp: tuple, result: Score | ImageError | str, mode
     "Make the row of one file from its score or its error."
     row = dict.fromkeys(COLUMNS) | dict(file=file.file, bytes=stamp[0], modified=stamp[1], error="") | model
     if isinstance(result, Score):
-        points = {k: getattr(result, k) for k in ("score", "low", "high", "std")}
+        points = {k: getattr(result, k) for k in ("score", "low", "high", "percentile", "std")}
         points = {k: round(v, 4) if math.isfinite(v) else None for k, v in points.items()}
         return row | points | dict(width=result.width, height=result.height)
     error = str(result).removeprefix(f"{file.path}: ")
@@ -337,7 +328,7 @@ def _unchanged(rows: list[dict], stamps: dict[str, tuple]) -> dict[str, dict]:
 
 # %% ../../nbs/app/folders.ipynb #score_02
 def score_files(
-    scorer: Scorer,
+    scorer: PictureScorer,
     paths,                          # files, folders, patterns; or a list from find_pictures
     out: str | Path | None = None,  # .csv, .jsonl or .parquet: rows are added as they come, and resumed
     progress: bool = False,         # a bar on stderr, with rate and time left
@@ -350,9 +341,11 @@ def score_files(
         return _score_files(scorer, files, journal, progress)
 
 
-def _score_files(scorer: Scorer, files: list[PictureFile], journal: Journal | None, progress: bool) -> pd.DataFrame:
+def _score_files(
+    scorer: PictureScorer, files: list[PictureFile], journal: Journal | None, progress: bool,
+) -> pd.DataFrame:
     "Do the work of `score_files`, once nobody else writes to the output."
-    model = dict(model=model_id(scorer), level=scorer.level if scorer.calibration else None)
+    model = dict(model=scorer.id, level=scorer.level if scorer.calibration else None)
     stamps = {f.file: _stamp(f.path) for f in files}
     before = journal.read() if journal else []
     _check_same_model(before, model, journal and journal.path)
@@ -415,12 +408,15 @@ def table_text(
     if not len(frame):
         return ""
     level = frame.level.iloc[0]
-    rows = [("score", "" if math.isnan(level) else f"{100 * level:g} % interval", "size", "file")]
+    calibrated, ranked = not math.isnan(level), frame.percentile.notna().any()
+    of_level = f"{100 * level:g} % interval" if calibrated else ""
+    rows = [("score", of_level, "better than" if ranked else "", "size", "file")]
     for r in frame.itertuples():
         interval = "" if math.isnan(r.low) else f"{r.low:.1f} to {r.high:.1f}"
-        rows.append((f"{r.score:.1f}", interval, f"{r.width} x {r.height}", printable(r.file)))
-    widths = [max(len(row[k]) for row in rows) for k in range(3)]
-    return "\n".join("  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths)), row[3]]) for row in rows)
+        percentile = "" if math.isnan(r.percentile) else f"{r.percentile:.0f} %"
+        rows.append((f"{r.score:.1f}", interval, percentile, f"{r.width} x {r.height}", printable(r.file)))
+    widths = [max(len(row[k]) for row in rows) for k in range(4)]
+    return "\n".join("  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths) if w), row[4]]) for row in rows)
 
 # %% ../../nbs/app/folders.ipynb #358fa046
 def _below(files: list[PictureFile]) -> Iterator[Path]:
@@ -447,13 +443,13 @@ def _is_current(target: Path, picture: str, model: str) -> bool:
 
 # %% ../../nbs/app/folders.ipynb #writemap
 def write_maps(
-    scorer: Scorer,
+    scorer: PictureScorer,
     files: list[PictureFile],  # pictures that could be scored
     folder: str | Path,        # of the maps; it is made
     progress: bool = False,
 ) -> list[str]:                # a line for each that failed
     "Write `<picture>.map.png`, the local quality laid over the picture, for each picture."
-    failed, model = [], model_id(scorer)
+    failed, model = [], scorer.id
     (note := PngInfo()).add_text("smart_iqa", model)
     for f, below in track(zip(files, _below(files)), len(files), "maps", progress):
         target = Path(folder) / below.with_name(below.name + ".map.png")
@@ -505,7 +501,7 @@ _CARD = """<figure><div class="pic">{img}</div><figcaption><b>{score:.1f}</b><sp
 def thumbnail(path: str, side: int = 320) -> tuple[str, int, int] | None:
     "Make a small JPEG: base64, width, height; None where the picture cannot be read."
     try:
-        img = load_image(path, draft=2 * side)
+        img, _ = load_reduced(path, 2 * side)
     except ImageError:
         return None
     img.thumbnail((side, side))
@@ -518,6 +514,7 @@ def sheet_card(row, small: tuple[str, int, int] | None, note: str = "") -> str:
     name, img, bar, interval = html.escape(printable(row.file)), "the picture is gone", "", ""
     if not math.isnan(row.low):
         interval = f"{row.low:.0f} to {row.high:.0f}"
+        interval += "" if math.isnan(row.percentile) else f", better than {row.percentile:.0f} %"
         bar = f'<i style="left:{row.low:.1f}%;width:{row.high - row.low:.1f}%"></i>'
     if small:
         data, w, h = small
@@ -535,6 +532,8 @@ def score_meaning(frame: pd.DataFrame) -> str:
     if not math.isnan(level):
         meaning += (f" The interval is made to hold people's mean opinion for {100 * level:g} % of pictures like those "
                     "that the model was calibrated on.")
+    if frame.percentile.notna().any():
+        meaning += " The percentage compares a score with those of the photographs that the model was calibrated on."
     return meaning
 
 
