@@ -254,7 +254,7 @@ def _best_pictures(args: Best, pictures: list) -> int:
         note(printable(f"{file}: {error}"))
     parts = [f"{facts['grouped']} pictures in {facts['groups']} groups", f"{facts['alone']} alone"]
     parts += [f"{len(failed)} failed"] * bool(len(failed)) + [f"{facts['kept']} scored before"] * bool(facts["kept"])
-    note("; ".join([*parts, f"{time.time() - started:.1f} s"(scorer)]))
+    note("; ".join([*parts, f"{time.time() - started:.1f} s", scorer.id]))
     for path in filter(None, (args.out, args.html, args.scores)):
         note(f"wrote {path}")
     return int(bool(len(failed)))
