@@ -55,7 +55,8 @@ with tempfile.TemporaryDirectory() as scratch:
     started = time.time()
     command("score", photos / "0.jpg")
     print(f"one picture from a cold process: {time.time() - started:.2f} s")
-    print(command("score", photos, "--out", out / "scores.csv", "--html", out / "sheet.html", "--heatmap", out / "maps"))
+    outputs = ["--out", out / "scores.csv", "--html", out / "sheet.html", "--heatmap", out / "maps"]
+    print(command("score", photos, *outputs))
     table = pd.read_csv(out / "scores.csv")
     assert table.score.between(0, 100).all()
     assert len(table) == len(list((out / "maps").glob("*.map.png"))) == 4

@@ -86,7 +86,7 @@ def small_file(small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packaged():
-    return create_scorer("smart-lite", device="cpu", engine="torch")
+    return create_scorer("smart-lite", device="cpu", engine="torch", thorough=True)
 
 
 @pytest.fixture(scope="module")
