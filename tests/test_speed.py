@@ -69,3 +69,24 @@ def test_policies(tmp_path):
         "policies", tmp_path, evaluation=str(evaluation), root=str(DATA / "biq2021"), write=str(file), **few
     )
     assert len(record["ways"]) >= 3 and record["policy"]["crops"] == 20 and file.read_bytes() == before
+
+
+def test_cost(tmp_path):
+    """One engine on two pictures of each size: every measurement is in the record, and none is nonsense."""
+    few = dict(engines="onnxruntime", repeats=1, pictures=2, flat=12, starts=1)
+    record = record_of("cost", tmp_path, **few)
+    sizes = ["512 x 512", "12 megapixels", "24 megapixels"]
+    assert record["processor"] and record["cores"] >= 1 and record["measured"][:2] == "20"
+    assert [s["size"] for s in record["sizes"]] == sizes and record["sizes"][2]["megapixels"] == 24
+    rates = {(r["policy"], r["threads"], r["size"]): r["per_second"] for r in record["rates"]}
+    threads = {1, record["cores"]}
+    assert set(rates) == {(p, t, s) for p in ("default", "thorough") for t in threads for s in sizes}
+    assert all(rates["default", t, sizes[0]] > rates["thorough", t, sizes[0]] > 0 for t in threads)
+    assert [m["size"] for m in record["memory"]] == sizes
+    assert all(20 < m["loaded_mib"] < m["peak_mib"] < 2000 for m in record["memory"])
+    assert record["flat"]["pictures"] == 12 and record["flat"]["last_mib"] < 2 * record["flat"]["first_mib"]
+    assert 0 < record["start"]["python -c 'import smart_iqa'"] < record["start"]["smart-iqa score one.jpg"]
+    assert {"smart-iqa", "onnxruntime", "numpy", "pandas"} < set(record["install"]) and min(record["install"].values())
+    assert not {"torch", "timm"} & set(record["install"])
+    assert [r["room"] for r in record["reduced"]] == [2, 1]
+    assert 0 < record["reduced"][0]["mean"] <= record["reduced"][0]["most"] < 1
