@@ -16,8 +16,8 @@ from PIL import Image
 from test_score import HOSTILE, make_toy
 
 from smart_iqa.app.best import BEST_COLUMNS, BURST_SECONDS, best_files, exposure, group_files
+from smart_iqa.app.engines import Scorer, create_scorer, save_scorer
 from smart_iqa.app.folders import PictureFile, find_pictures, score_files
-from smart_iqa.app.scoring import Scorer, save_scorer
 from smart_iqa.cli import main
 from smart_iqa.demo import PHOTOS, distort, photograph
 from smart_iqa.duplicates import find_same_scenes, same_scene, scene_of
@@ -55,7 +55,7 @@ CHANGES = {
 def toy() -> Scorer:
     """A scorer of milliseconds that knows about pairs."""
     scorer = make_toy()
-    scorer.info["preference"] = dict(spread=0.6, same_scene=0.8)
+    scorer.more["preference"] = dict(spread=0.6, same_scene=0.8)
     return scorer
 
 
@@ -291,7 +291,7 @@ def test_a_group_whose_others_fail_is_no_group(album, toy):
             (album / "cat.png").unlink()
             return super().stream(pictures)
 
-    late = Late(toy.model, toy.policy, toy.calibration, toy.info, device="cpu")
+    late = Late(toy.model, toy.policy, toy.calibration, toy.info, device="cpu", more=toy.more)
     frame = best_files(late, files)
     assert groups_of(frame) == {g for g in GROUPS if "cat.png" not in g}
     assert set(frame[frame.error != ""].file.map(os.path.basename)) == {"broken.jpg", "cat.png"}
@@ -312,15 +312,16 @@ def test_hostile_files(tmp_path, toy):
 
 # -- two pictures -----------------------------------------------------------------------------------
 def test_compare_is_antisymmetric(toy):
-    """Both orders make exactly one, a picture against itself exactly one half."""
-    pictures = [picture(k, 90 + k, 70, 12 * k) for k in range(6)]
+    """Both orders make exactly one, a picture against itself one half, and the higher score is the favourite."""
+    pictures = [picture(k, 90 + k, 70, 12 * k) for k in range(3)]
+    scores = toy(pictures)
     for same in (None, True, False):
-        for a in pictures:
-            assert toy.compare(a, a, same) == 0.5
-            for b in pictures:
-                p = toy.compare(a, b, same)
-                assert 0 <= p <= 1 and p + toy.compare(b, a, same) == 1
-                assert (p > 0.5) == (toy(a) > toy(b)) or toy(a) == toy(b)
+        for a in range(3):
+            assert toy.compare(pictures[a], pictures[a], same) == 0.5
+            for b in range(a):
+                p = toy.compare(pictures[a], pictures[b], same)
+                assert 0 < p < 1 and p + toy.compare(pictures[b], pictures[a], same) == 1
+                assert (p > 0.5) == (scores[a] > scores[b])
 
 
 def test_one_scene_is_seen_in_the_pictures(toy):
@@ -330,10 +331,17 @@ def test_one_scene_is_seen_in_the_pictures(toy):
 
 
 def test_a_scorer_that_knows_nothing_about_pairs_says_so(toy):
-    for calibration, more in ((toy.calibration, {}), (None, dict(preference=toy.info["preference"]))):
-        bare = Scorer(toy.model, toy.policy, calibration, dict(name="bare") | more, device="cpu")
+    for calibration, more in ((toy.calibration, {}), (None, toy.more)):
+        bare = Scorer(toy.model, toy.policy, calibration, dict(name="bare"), device="cpu", more=more)
         with pytest.raises(ValueError, match="bare: was not calibrated on pairs"):
             bare.compare(COFFEE, CAT)
+
+
+def test_the_packaged_model_knows_about_pairs():
+    """By both of its policies: a sharp photograph and a heavily blurred copy of it."""
+    for thorough in (False, True):
+        scorer = create_scorer(thorough=thorough)
+        assert scorer.compare(COFFEE, distort(COFFEE, "blur", 5)) > 0.9
 
 
 # -- the command ------------------------------------------------------------------------------------

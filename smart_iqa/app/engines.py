@@ -41,7 +41,7 @@ def choose_rules(
     thorough: bool,    # take the second policy
     crops: int | None,  # another number of crops
     name: str,         # of the model, for messages
-) -> tuple[Policy, Calibration | None, dict]:  # the last: what else the card holds and goes with the default policy
+) -> tuple[Policy, Calibration | None, dict]:  # the last: what else the card says of this policy
     "Choose the rules of a scorer; each policy has its own calibration or none. ValueError for what the card lacks."
     known = [_stored_rules(rules) for rules in (card, card.get("thorough")) if rules is not None]
     if thorough and len(known) < 2:
@@ -56,8 +56,8 @@ def choose_rules(
         if calibration is None and known[0][1] is not None:
             warnings.warn(f"{name} was not calibrated with {crops} crops: scores come without intervals (NaN)",
                           stacklevel=4)
-    more = {k: v for k, v in card.items() if k not in ("policy", "calibration", "info")}
-    return policy, calibration, more if policy == known[0][0] else {}
+    own = next((rules for (p, _), rules in zip(known, (card, card.get("thorough"))) if p == policy), {})
+    return policy, calibration, {k: v for k, v in own.items() if k not in ("policy", "calibration", "info")}
 
 # %% ../../nbs/app/engines.ipynb #844176ca
 def need(*names: str) -> list:

@@ -404,7 +404,7 @@ class PictureScorer(ModelRules):
 # %% ../../nbs/app/scoring.ipynb #compare2
 def preference_of(scorer: PictureScorer) -> Preference | None:
     "Read what the model's card says about pairs; None where it says nothing, or the scorer has no calibration."
-    stored = scorer.info.get("preference")
+    stored = scorer.more.get("preference")
     return Preference(**stored) if stored and scorer.calibration else None
 
 
