@@ -75,7 +75,7 @@ def test_help_takes_little_time():
     [
         (("demo", "--sede", "1"), "--seed"),
         (("score", "x.jpg", "--sort", "scores"), "did you mean score?"),
-        (("score", "x.jpg", "--fast", "--crops", "3"), "--fast"),
+        (("score", "x.jpg", "--thorough", "--crops", "3"), "--thorough"),
         (("data", "prepare", "csv", "x", "--on-error", "skipp"), "did you mean skip?"),
         (("data", "prepare", "csv", "x", "--size", "0"), "choose a whole number, above 0"),
         (("data", "split", "csv", "x"), "--to"),
@@ -112,3 +112,12 @@ def test_parameters_of_runs(words):
     assert parse_parameters(command.words) == dict(
         root="a b/c_d", loss="smooth_l1", frozen=True, score_range="0,1", lr=1e-3
     )
+
+
+def test_version_names_package_model_and_citation(run):
+    """What a paper needs: version, model with fingerprint and engine, and a sentence."""
+    from smart_iqa import __version__, create_scorer
+
+    code, out, _ = run("--version")
+    assert code == 0 and f"smart-iqa {__version__}" in out
+    assert create_scorer(device="cpu").id in out and "scored with" in out
