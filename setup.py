@@ -36,6 +36,10 @@ setup(
             for extra in ("dev", "batch", "export", "paper")
         },
     },
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{lib}={lib}._modidx:d"],
+        "pyiqa.archs": [f"{lib}={lib}.app.plugins:register_pyiqa"],
+    },
     zip_safe=False,
 )

@@ -136,3 +136,8 @@ def test_readme_is_made_from_the_index():
         [sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_readme_is_short():
+    """Below a thousand words, those of tables and code included; a sign that stands alone is none."""
+    assert sum(bool(re.search(r"\w", word)) for word in (ROOT / "README.md").read_text().split()) < 1000
