@@ -93,11 +93,11 @@ def test_policies(tmp_path):
     file = ROOT / "smart_iqa" / "weights" / "smart-lite.safetensors"
     before = file.read_bytes()
     evaluation = next((ROOT / "nbs" / "results" / "embedded").glob("evaluate-*"))
-    few = dict(counts="1,3", whole=False, draws=50, limit=24, threads=1)
+    few = dict(candidates="512-320-1,512-320-3", draws=50, limit=24)
     record = record_of(
         "policies", tmp_path, evaluation=str(evaluation), root=str(DATA / "biq2021"), write=str(file), **few
     )
-    assert len(record["ways"]) >= 3 and record["policy"]["crops"] == 20 and file.read_bytes() == before
+    assert len(record["candidates"]) == 3 and record["thorough"]["crops"] == 20 and file.read_bytes() == before
 
 
 def test_cost(tmp_path):

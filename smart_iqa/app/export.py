@@ -349,6 +349,12 @@ def _fixed_side(proto, crop: int):
     for dim in proto.graph.input[0].type.tensor_type.shape.dim[1:3]:
         dim.dim_value = crop
     del proto.graph.value_info[:]
+    onnx, numpy_helper = need("onnx", "onnx.numpy_helper")
+    for node in proto.graph.node:  # the inference of shapes reads constants that are tensors
+        if node.op_type == "Constant" and node.attribute[0].name in ("value_int", "value_ints", "value_float"):
+            values = np.asarray(onnx.helper.get_attribute_value(node.attribute[0]))
+            values = values.astype(np.float32) if values.dtype == float else values
+            node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
     return proto
 
 
