@@ -311,7 +311,8 @@ def write_onnx_beside(
 # %% ../../nbs/app/export.ipynb #b51ea29a
 def _quantised_nodes(proto, crop: int, float_stages: int) -> list[str]:
     "Name the backbone's convolutions, sums and activations on maps smaller than those of the stages that stay in fp32."
-    sides = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in proto.graph.value_info}
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in proto.graph.value_info}
+    sides = {name: dims[-1].dim_value for name, dims in shapes.items() if len(dims) == 4}
     weights = {v.name for v in proto.graph.initializer}
     chosen, outputs = [], set()
     for n in proto.graph.node:
