@@ -318,6 +318,7 @@ def write_about(
         metadata = f.metadata() or {}
     with replacing(path) as temporary:
         save_file(load_file(path), temporary, metadata=metadata | {"about": json.dumps(about)})
+        temporary.chmod(Path(path).stat().st_mode)
 
 
 def read_about(
