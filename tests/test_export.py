@@ -227,7 +227,9 @@ def test_int8(small, small_file, photos, tmp_path):
 
 def test_openvino(small, small_file, photos):
     pytest.importorskip("openvino", reason="openvino is not installed: pip install openvino")
-    assert np.abs(OnnxScorer(small_file, "openvino")(photos) - small(photos)).max() < 1e-3
+    scorer = OnnxScorer(small_file, "openvino")
+    assert np.abs(scorer(photos) - small(photos)).max() < 1e-3 and scorer.engine == "openvino"
+    assert np.array_equal(scorer(photos), [scorer(p) for p in photos])  # in threads and alone
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

@@ -87,7 +87,9 @@ def _openvino(path: Path, amp: str) -> tuple[Callable, dict, str]:
     "Load a file into OpenVINO: the same three things. It computes in bf16 where `amp` says so."
     (ov,) = need("openvino")
     core, each = ov.Core(), threading.local()
-    bf16 = amp == "on" or (amp == "auto" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    bf16 = amp != "off" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if amp == "on" and not bf16:
+        raise ValueError("amp='on': OpenVINO has no bf16 on this processor; take amp='auto'")
     options = dict(INFERENCE_PRECISION_HINT="bf16" if bf16 else "f32", INFERENCE_NUM_THREADS=usable_cores(),
                    NUM_STREAMS=usable_cores())
     _, stored, _ = _onnxruntime(path, "off")
