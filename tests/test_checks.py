@@ -95,7 +95,7 @@ def test_sound_set(root, run):
 def test_each_picture_is_decoded_once(root, monkeypatch):
     """The readability check and the search for near-duplicates share the pixels, and `load_set` finds the pairs
     afterwards."""
-    import smart_iqa.splits as data
+    import smart_iqa.duplicates as data
 
     opened = []
     monkeypatch.setattr(checks, "load_image", lambda p: opened.append(Path(p).name) or load_image(p))
