@@ -729,7 +729,7 @@ def read_words(
         command.words = tuple(rest)
     return command
 
-
+# %% ../nbs/cli.ipynb #main0001
 def version_text() -> str:
     "Name the package, its model and the sentence that cites both."
     from smart_iqa.app.engines import create_scorer

@@ -356,7 +356,8 @@ class ModelRules:
     @property
     def citation(self) -> str:
         "Put the model into a sentence for a paper."
-        return f"Image quality was scored with {self.id} of SMART-IQA {__version__} (https://github.com/smart-iqa/smart-iqa)."
+        home = "https://github.com/smart-iqa/smart-iqa"
+        return f"Image quality was scored with {self.id} of SMART-IQA {__version__} ({home})."
 
 # %% ../../nbs/app/scoring.ipynb #score006
 class PictureScorer(ModelRules):
