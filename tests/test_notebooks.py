@@ -98,6 +98,14 @@ def test_lines_are_short(name):
 
 
 @pytest.mark.parametrize("name", SOURCE)
+def test_outputs_name_no_machine(name):
+    """What a notebook shows is about its subject: no warning of an installed package, no folder of the author's."""
+    shown = [str(o) for c in SOURCE[name].cells for o in c.get("outputs", ())]
+    wrong = [o[:200] for o in shown if "site-packages" in o or str(ROOT) in o or str(Path.home()) + "/" in o]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", SOURCE)
 def test_one_assert_a_line(name):
     """A test cell says one thing with each assert, so that the line that fails says what is wrong."""
     compound = []
