@@ -210,6 +210,19 @@ def test_files_that_are_none(small_file, tmp_path):
         OnnxScorer(small_file, engine="tensorrt")
 
 
+@pytest.mark.parametrize("facts", [dict(about=None), dict(about="{"), dict(weights=None), dict(side="many")], ids=str)
+def test_metadata_that_cannot_be_read(small_file, tmp_path, facts):
+    """A file of an earlier version, or with damaged metadata, is named, and the fix is said."""
+    import onnx
+
+    proto = onnx.load(small_file)
+    known = {p.key: p.value for p in proto.metadata_props} | facts
+    onnx.helper.set_model_props(proto, {k: v for k, v in known.items() if v is not None})
+    onnx.save(proto, tmp_path / "old.onnx")
+    with pytest.raises(CheckpointError, match="old.onnx.*export_onnx"):
+        OnnxScorer(tmp_path / "old.onnx")
+
+
 def test_int8(small, small_file, photos, tmp_path):
     """A smaller file that says so, whose scores follow fp32's; no pictures and no fp32 file are errors."""
     quantise_onnx(small_file, tmp_path / "int8.onnx", photos, crops=8)

@@ -280,6 +280,14 @@ def test_engines_agree_on_fifty_pictures(scorer):
     assert by_onnx.id.rpartition("/")[0] == scorer.id.rpartition("/")[0] and by_onnx.id != scorer.id
 
 
+def test_bf16_is_asked_of_an_engine_that_has_it():
+    """Who asks for bf16 without naming an engine gets torch; onnxruntime by name says that it has none."""
+    assert create_scorer(device="cpu", amp="on").engine == "torch-bf16"
+    assert create_scorer(device="cpu", amp="auto").engine == "onnxruntime"
+    with pytest.raises(ValueError, match="onnxruntime computes in fp32"):
+        create_scorer(device="cpu", engine="onnxruntime", amp="on")
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 def test_threads_are_independent(engine):
     """Eight threads that share a scorer get what one gets, bit for bit, scores and attention, sizes mixed."""
