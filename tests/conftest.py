@@ -57,6 +57,23 @@ def _own_cache(tmp_path_factory, monkeypatch):
         monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture
+def run(capsys):
+    """Run smart-iqa in this process: exit code, stdout, stderr."""
+    from smart_iqa.cli import main
+
+    def command(*words):
+        capsys.readouterr()
+        try:
+            code = main([*map(str, words)])
+        except SystemExit as e:
+            code = e.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
 def picture(seed: int, width: int = 96, height: int = 80, noise: float = 0.0) -> Image.Image:
     """A smooth scene in colour, different for every seed, with noise of a known strength (grey levels)."""
     rng = np.random.default_rng(seed)

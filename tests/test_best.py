@@ -81,19 +81,9 @@ def model_file(toy, tmp_path_factory):
 
 
 @pytest.fixture
-def run(model_file, capsys):
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def command(*words):
-        capsys.readouterr()
-        try:
-            code = main(["best", "--model", model_file, "--device", "cpu", *map(str, words)])
-        except SystemExit as e:
-            code = e.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return command
+def run(run, model_file):
+    """Run smart-iqa best with the toy model."""
+    return lambda *words: run("best", "--model", model_file, "--device", "cpu", *words)
 
 
 def groups_of(frame: pd.DataFrame) -> set[frozenset]:

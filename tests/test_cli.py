@@ -6,26 +6,10 @@ import sys
 
 import pytest
 
-from smart_iqa.cli import COMMANDS, DATA, main, parse_parameters, read_words
+from smart_iqa.cli import COMMANDS, DATA, parse_parameters, read_words
 
 EVERY = [[name] for name in COMMANDS] + [["data"]] + [["data", name] for name in DATA]
 SLOW = "{'torch', 'numpy', 'pandas', 'scipy', 'matplotlib', 'papermill'}"
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def command(*words):
-        capsys.readouterr()
-        try:
-            code = main([*words])
-        except SystemExit as e:
-            code = e.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return command
 
 
 @pytest.mark.parametrize("words", EVERY, ids=" ".join)

@@ -81,19 +81,9 @@ def photos(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(model_file, capsys):
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def command(*words):
-        capsys.readouterr()
-        try:
-            code = main(["score", "--model", model_file, "--device", "cpu", *map(str, words)])
-        except SystemExit as e:
-            code = e.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return command
+def run(run, model_file):
+    """Run smart-iqa score with the toy model."""
+    return lambda *words: run("score", "--model", model_file, "--device", "cpu", *words)
 
 
 def shown(table: str) -> list[str]:
