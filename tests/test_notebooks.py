@@ -118,6 +118,38 @@ def test_one_assert_a_line(name):
     assert not compound
 
 
+def names_set_by(source: str) -> set[str]:
+    """Read which names a cell sets at its own level: by def, class, import, assignment, for or with."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        else:
+            inner = (n for c in ast.walk(node) if isinstance(c, ast.comprehension) for n in ast.walk(c.target))
+            stored = {n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            found |= {n.id for n in stored - set(inner)}  # the variable of a comprehension is its own
+    return found
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_no_cell_hides_what_the_notebook_exports(name):
+    """A test cell that gives a second meaning to an exported or imported name breaks the functions that use it, in
+    the notebook alone: the package still works, and the notebook does not run."""
+    exported, hidden = set(), []
+    for cell in SOURCE[name].cells:
+        if cell.cell_type == "code" and not cell.source.startswith("%"):
+            names = names_set_by(cell.source)
+            imports = {a.asname or a.name for n in ast.parse(cell.source).body
+                       if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}  # fmt: skip
+            if cell.source.startswith("#| export"):
+                exported |= names
+            else:
+                hidden += [(cell.id, n) for n in (names - imports) & exported]
+    assert not hidden
+
+
 def test_lines_of_the_package_are_short():
     """The package keeps the notebooks' lines; only the lists of names, which nbdev writes, are longer."""
     files = [p for p in (ROOT / "smart_iqa").rglob("*.py") if p.name != "_modidx.py"]

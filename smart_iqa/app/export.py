@@ -317,7 +317,7 @@ def _quantised_nodes(proto, crop: int, float_stages: int) -> list[str]:
     chosen, outputs = [], set()
     for n in proto.graph.node:
         inputs = [i for i in n.input if i and i not in weights]
-        convolution = n.op_type == "Conv" and any(i.startswith("model.backbone.") for i in n.input)
+        convolution = n.op_type == "Conv" and any("model.backbone." in i for i in n.input)
         follows = n.op_type in ("Add", "Clip", "Relu") and inputs and outputs.issuperset(inputs)
         if convolution or follows:
             outputs.update(n.output)
