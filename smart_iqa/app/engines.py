@@ -22,7 +22,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from .scoring import Calibration, PictureScorer, Policy, calibrate, layout
 from ..files import CheckpointError, usable_cores
@@ -247,6 +246,8 @@ def _about_run(folder: Path) -> dict:
     policy = {k: config[k] for k in ("size", "fit", "crop")} | dict(crops=config["test_crops"])
     about = dict(policy=policy, info=dict(name=folder.name, trained_on=config["dataset"]))
     if (folder / "predictions.csv").exists():
+        import pandas as pd
+
         p = pd.read_csv(folder / "predictions.csv")
         if (p.split == "cal").any():
             about["calibration"] = asdict(calibrate(p[p.split == "val"], p[p.split == "cal"]))
