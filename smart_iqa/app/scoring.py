@@ -92,7 +92,7 @@ def _open_picture(
                          "give a path, a PIL image, an array or a tensor")
     try:
         img = to_rgb(picture)
-    except OSError as e:  # opened, but its pixels are only read now
+    except ImageError as e:
         raise ImageError(f"{getattr(picture, 'filename', '') or 'a picture'}: cannot be decoded ({e})") from None
     return img, img.size
 
