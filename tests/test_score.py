@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import html.parser
 import io
 import json
@@ -16,6 +17,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -934,25 +936,82 @@ def test_medium_format_photograph_has_a_score_and_no_warning(model_file, tmp_pat
     assert abs(table.score[0] - table.score[1]) < 0.5
 
 
-def test_two_commands_on_one_table(toy, photos, tmp_path):
-    """The second says so and leaves the table alone; when the first has ended, it goes on."""
-    out, code = (
-        tmp_path / "s.csv",
-        """
+SLOW_ONE = """
 import sys, time
-from smart_iqa.app.folders import _locked_output
-with _locked_output(sys.argv[1]):
+from types import SimpleNamespace
+from smart_iqa.app.folders import score_files
+
+def stream(paths):
     print("mine", flush=True)
     time.sleep(600)
-""",
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+    yield
+
+score_files(SimpleNamespace(id="slow", calibration=None, stream=stream), sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("spelling", ["s.csv", "sub/../s.csv", "link.csv"])
+def test_two_commands_on_one_table(spelling, toy, photos, tmp_path):
+    """The second says so and leaves the table alone, whatever cache and name of the file each has; when the first has
+    been killed, it goes on."""
+    out = tmp_path / "s.csv"
+    (tmp_path / "sub").mkdir()
+    if spelling == "link.csv":
+        os.symlink("s.csv", tmp_path / "link.csv")
+    command = [sys.executable, "-c", SLOW_ONE, str(photos), str(tmp_path / spelling)]
+    env = os.environ | {"SMART_IQA_CACHE": str(tmp_path / "another")}
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     try:
         assert other.stdout.readline() == "mine\n"
-        with pytest.raises(ValueError, match="another process"):
+        before = out.read_bytes()
+        with pytest.raises(ValueError, match=r"s.csv: another process"):
             score_files(toy, [str(photos)], out)
-        assert not out.exists()
+        assert out.read_bytes() == before
     finally:
         other.kill()
         other.wait()
     assert len(score_files(toy, [str(photos)], out)) == len(read_scores(out)) > 0
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "another").exists()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_share_without_locks_loses_no_row(kind, toy, photos, tmp_path, monkeypatch):
+    """Two machines that do not see one another's locks: the table of the last to end has the rows of both."""
+    monkeypatch.setattr("smart_iqa.files.take_lock", lambda *args: Mock())
+    shutil.copytree(photos / "sub", tmp_path / "more")
+    stream, out = toy.stream, tmp_path / f"s.{kind}"
+
+    def meanwhile(paths):
+        for k, got in enumerate(stream(paths)):
+            if k == 2:
+                monkeypatch.setattr(toy, "stream", stream)
+                score_files(toy, "more", out)
+            yield got
+
+    monkeypatch.setattr(toy, "stream", meanwhile)
+    whole = score_files(toy, "photos", out)
+    assert len(read_scores(out)) == len(whole) + 1
+    assert list(read_scores(out).file[1:]) == list(whole.file)
+
+
+def test_a_table_behind_a_link_is_the_one_it_leads_to(toy, photos, tmp_path):
+    """The link stays a link, and no second table appears beside it."""
+    (tmp_path / "far").mkdir()
+    os.symlink("far/s.csv", tmp_path / "s.csv")
+    score_files(toy, [str(photos)], tmp_path / "s.csv")
+    picture(50, 90, 90).save(photos / "p1.png")
+    score_files(toy, [str(photos)], tmp_path / "s.csv")
+    assert (tmp_path / "s.csv").is_symlink()
+    assert len(read_scores(tmp_path / "far" / "s.csv")) == 6
+
+
+def test_a_folder_that_cannot_hold_a_table(photos, run, monkeypatch):
+    """Told before anything is scored: a folder that is a file, one that is read-only, a share without locks."""
+    code, _, err = run("photos", "--out", "photos/p0.png/s.csv")
+    assert (code, "photos/p0.png/s.csv: its folder cannot be written" in err) == (1, True)
+    for number, told in ((errno.EROFS, "Read-only"), (errno.ENOLCK, "no file locks")):
+        monkeypatch.setattr("smart_iqa.files.FileLock.acquire", Mock(side_effect=OSError(number, os.strerror(number))))
+        code, _, err = run("photos", "--out", "s.csv")
+        assert (code, "s.csv: its folder cannot be written" in err, told in err) == (1, True, True)
+    assert os.listdir() == ["photos"]

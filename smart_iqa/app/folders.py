@@ -18,20 +18,17 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .scoring import PictureScorer, Score
-from ..config import fingerprint
-from ..files import ahead, cache_dir, replacing, take_lock, track, write_whole
+from ..files import ahead, replacing, sole_writer, track, write_whole
 from ..images import ImageError, load_image, load_reduced
 
 # %% ../../nbs/app/folders.ipynb #327c889e
@@ -254,15 +251,16 @@ class Journal:
 # %% ../../nbs/app/folders.ipynb #journal2
 def _finish(
     journal: Journal,
-    files: list[str],  # in the order of the whole table
+    own: dict[str, dict],  # rows by file, in the order of the whole table
 ):
-    "Put the rows of these files in this order, after those of others. A parquet file is written now."
-    place = {f: k for k, f in enumerate(files)}
-    rows = sorted(journal.read(), key=lambda r: place.get(r["file"], -1))
+    "Put these rows in this order after those of other files. A parquet file is written now."
+    place = {f: k for k, f in enumerate(own)}
+    rows = {r["file"]: r for r in journal.read()} | own  # `own`: another process may have replaced the file meanwhile
+    rows = sorted(rows.values(), key=lambda r: place.get(r["file"], -1))
     if journal.parquet:
         _as_frame(rows).to_parquet(out := io.BytesIO(), index=False)
         write_whole(journal.path, out.getvalue())
-        journal.lines.unlink()
+        journal.lines.unlink(missing_ok=True)
     elif (text := journal.text_of(rows)) != journal.text():
         write_whole(journal.path, text)
 
@@ -274,24 +272,6 @@ def read_scores(
     if not Path(path).exists() and not Journal(path).lines.exists():
         raise ValueError(f"{path}: no such file")
     return _as_frame(Journal(path).read())
-
-# %% ../../nbs/app/folders.ipynb #lockout1
-@contextmanager
-def _locked_output(out: str | Path | None):
-    "Keep other processes from writing to this file meanwhile; ValueError where one does."
-    if out is None:
-        yield
-        return
-    folder = cache_dir() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = take_lock(folder / f"{fingerprint(str(Path(out).resolve()))}.lock", 0)
-    except Timeout:
-        raise ValueError(f"{out}: another process is writing to it; wait for it, or give another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 # %% ../../nbs/app/folders.ipynb #91fda58c
 def _stamp(path: str) -> tuple:  # bytes, modified; None and "" where there is no file
@@ -337,7 +317,7 @@ def score_files(
     listed = isinstance(paths, list) and all(isinstance(p, PictureFile) for p in paths)
     files = paths if listed else find_pictures(paths)
     journal = Journal(out) if out else None
-    with _locked_output(out):
+    with sole_writer(out):
         return _score_files(scorer, files, journal, progress)
 
 
@@ -363,7 +343,7 @@ def _score_files(
         if journal:
             journal.close()
     if journal:
-        _finish(journal, list(stamps))
+        _finish(journal, {f: rows[f] for f in stamps})
     frame = _as_frame([rows[f] for f in stamps])
     frame.attrs["kept"] = kept
     return frame
