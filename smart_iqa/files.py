@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from itertools import islice, repeat, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -34,17 +35,19 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PROGRESS', 'replacing', 'move', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines',
-           'CheckpointError', 'error_of', 'read_text', 'read_separated', 'cache_dir', 'take_lock', 'locked', 'track',
-           'meanwhile', 'usable_cores', 'span', 'find_by_name', 'importable', 'ahead', 'one_ahead']
+           'CheckpointError', 'error_of', 'read_text', 'read_separated', 'cache_dir', 'take_lock', 'locked',
+           'sole_writer', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name', 'importable', 'ahead',
+           'one_ahead']
 
 # %% ../nbs/01_files.ipynb #dece0072
 @contextlib.contextmanager
 def replacing(
     path: str | Path,
 ) -> Iterator[Path]:  # a temporary name in the same folder, which the block writes
-    "Let a block write a file that replaces `path` when the block ends. If it raises, the old file stays as it was."
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    """Let a block write a file that replaces `path`, or what a link of that name leads to, when the block ends. If it
+    raises, the old file stays as it was."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # containers share numbers of processes
     try:
         yield temporary
         with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing
@@ -201,11 +204,29 @@ def read_separated(
     return pd.read_csv(clean, **options)
 
 # %% ../nbs/01_files.ipynb #machine4
+def _own_cache() -> Path:
+    "Make the cache folder in the user's home, or among the temporary files where there is no home to write to."
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: nothing says where the home is
+        if (home := Path.home()).is_dir():
+            path = home / ".cache" / "smart_iqa"
+            path.mkdir(parents=True, exist_ok=True)
+            if os.access(path, os.W_OK):
+                return path
+    user = os.getuid() if hasattr(os, "getuid") else None
+    path = Path(tempfile.gettempdir(), "smart_iqa" if user is None else f"smart_iqa-{user}")
+    path.mkdir(0o700, exist_ok=True)
+    if user not in (None, path.lstat().st_uid):
+        raise PermissionError(errno.EACCES, "belongs to another user; name a folder in SMART_IQA_CACHE", str(path))
+    return path
+
+
 def cache_dir(
-    cache: str | None = None,  # a folder; None: $SMART_IQA_CACHE, or ~/.cache/smart_iqa
+    cache: str | None = None,  # a folder; None: $SMART_IQA_CACHE, or ~/.cache/smart_iqa, or a temporary one
 ) -> Path:
-    "Return the folder for pixel caches and rendered pictures; it is made if it is missing."
-    path = Path(cache or os.environ.get("SMART_IQA_CACHE") or Path.home() / ".cache" / "smart_iqa").expanduser()
+    "Return the folder for pixel caches and rendered pictures; it is made if it is missing. OSError where it cannot be."
+    if not (named := cache or os.environ.get("SMART_IQA_CACHE")):
+        return _own_cache()
+    path = Path(named).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -234,6 +255,32 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        lock.release()
+
+# %% ../nbs/01_files.ipynb #solowrt2
+@contextlib.contextmanager
+def sole_writer(
+    path: str | Path | None,  # of the file; None: there is nothing to lock
+) -> Iterator[None]:
+    """Keep other processes from writing a file while a block runs; its folder is made. ValueError where one does so
+    already, or where the folder cannot hold a lock."""
+    if path is None:
+        yield
+        return
+    real = Path(os.path.realpath(path))
+    beside = real.with_name(f".{real.name}.lock")
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(beside, 0)
+    except Timeout:
+        raise ValueError(f"{path}: another process is writing to it; wait for it, or give another file") from None
+    except OSError as e:
+        raise ValueError(f"{path}: its folder cannot be written ({e.strerror or e}); give a file in another") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes it at its release; who waits for it looks again
+            beside.unlink()
         lock.release()
 
 # %% ../nbs/01_files.ipynb #caea8a95
