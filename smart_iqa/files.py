@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import errno
 import importlib
+import io
 import json
 import logging
 import math
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PROGRESS', 'replacing', 'move', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines',
-           'CheckpointError', 'error_of', 'cache_dir', 'take_lock', 'locked', 'sole_writer', 'track', 'meanwhile',
-           'usable_cores', 'span', 'find_by_name', 'importable', 'ahead', 'one_ahead']
+           'CheckpointError', 'error_of', 'read_text', 'read_separated', 'cache_dir', 'take_lock', 'locked',
+           'sole_writer', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name', 'importable', 'ahead',
+           'one_ahead']
 
 # %% ../nbs/01_files.ipynb #dece0072
 @contextlib.contextmanager
@@ -124,6 +127,81 @@ def error_of(function: Callable, *args, **kwargs) -> str:
     except (ValueError, RuntimeError, OSError, ImportError) as e:
         return str(e)
     raise AssertionError(f"{getattr(function, '__name__', function)} raised no error")
+
+# %% ../nbs/01_files.ipynb #septab02
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def read_text(
+    path: str | Path,
+) -> str:
+    "Read a text file with or without a byte order mark, its line ends as they are. ValueError where it is not UTF-8."
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: line {raw[:e.start].count(10) + 1} is not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: holds zero bytes, as UTF-16 does; save the file as UTF-8")
+    return text
+
+
+def _fitted(row: list[str], header: list[str], where: str, separator: str) -> list[str]:
+    "Give a row the length of the header. ValueError where it has other fields than that."
+    if len(row) < len(header) and any(c.strip() for c in row):
+        raise ValueError(f"{where} has {len(row)} fields and the header {len(header)}, separated by "
+                         f"{_SEPARATORS[separator]}; write the missing ones, be they empty")
+    if any(c.strip() for c in row[len(header):]):
+        raise ValueError(f"{where} has {len(row)} fields and the header {len(header)}, separated by "
+                         f"{_SEPARATORS[separator]}; put a field that holds the separator in quotation marks")
+    return (row + [""] * len(header))[: len(header)]
+
+
+def _split_rows(text: str, separator: str) -> list[list[str]]:
+    "Split a table into a header without blanks and rows of its length. ValueError names what does not fit."
+    reader, rows, line, header = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), [], 1, []
+    try:
+        for row in reader:
+            if rows:
+                rows.append(_fitted(row, header, f"row {len(rows)} (line {line})", separator)) if row else None
+            elif any(c.strip() for c in row):
+                header = [c.strip() for c in row]
+                while not header[-1]:
+                    header.pop()
+                rows.append(header)
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise ValueError(f"row {len(rows)} (line {line}): {e}; is a quotation mark not closed?") from None
+    if not rows:
+        raise ValueError("it is empty")
+    if twice := [c for c in dict.fromkeys(header) if c and header.count(c) > 1]:
+        raise ValueError(f"two columns have the name {twice[0]!r}; rename or delete one")
+    return rows
+
+
+def read_separated(
+    path: str | Path,
+    usual: str = ",",  # separator, where several would do
+    **options,         # of pandas.read_csv
+) -> pd.DataFrame:
+    """Read a table of text as pandas does, once every row is known to fit the header.
+
+    ValueError names the row that does not, a column that is there twice, and a file that is empty or not UTF-8."""
+    import pandas as pd
+
+    text, rows, misfit = read_text(path), None, None
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    for separator in [s for s in dict.fromkeys([usual, *_SEPARATORS]) if s in first] or [usual]:
+        try:
+            rows = _split_rows(text, separator)
+            break
+        except ValueError as e:
+            misfit = misfit or e
+    if rows is None:
+        raise ValueError(f"{path}: {misfit}")
+    csv.writer(clean := io.StringIO(), quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    clean.seek(0)
+    return pd.read_csv(clean, **options)
 
 # %% ../nbs/01_files.ipynb #machine4
 def _own_cache() -> Path:
