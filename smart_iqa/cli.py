@@ -106,7 +106,7 @@ class Scoring:
                         _POLICY] = False
     crops: Annotated[option(Count | None, "another number of crops; no intervals where it was not calibrated", "N"),
                      _POLICY] = None
-    level: option(Fraction, "part of pictures whose mean opinion the interval is to hold", "PART") = 0.9
+    level: option(Fraction, "share of pictures whose mean opinion the interval is to hold", "SHARE") = 0.9
     engine: option(Literal["auto", "onnxruntime", "openvino", "torch"], "what computes; auto: torch on a GPU, "
                    "else onnxruntime where the model has an ONNX file") = "auto"
     device: option(Text, "auto, cpu, cuda, cuda:1 or mps") = "auto"
@@ -436,8 +436,8 @@ def _compare(folder: Path):
     from smart_iqa.lab.runs import read_run
 
     run = read_run(folder)
-    for when, parts in (("before", run["before"]), ("after", run["splits"])):
-        m = parts["test"]
+    for when, splits in (("before", run["before"]), ("after", run["splits"])):
+        m = splits["test"]
         print(f"{when:>6}: SRCC {m['srcc']:.3f}, PLCC {m['plcc']:.3f}, RMSE {m['rmse']:.1f} points "
               f"on {m['n']} test pictures")
     if d := run["difference"]:
@@ -748,8 +748,8 @@ class DataSplit(OnDisk):
     Example: smart-iqa data split live LIVE --to splits --count 10"""
     to: option(Text, "folder for the files", "DIR")
     count: option(Count, "number of splits", "N") = 10
-    test_fraction: parameter("test_fraction", "PART") = None
-    val_fraction: parameter("val_fraction", "PART") = None
+    test_fraction: parameter("test_fraction", "SHARE") = None
+    val_fraction: parameter("val_fraction", "SHARE") = None
     seed: option(Whole, "seed of the first split; the others follow", "N") = 0
     again: flag("replace files that hold another split") = False
 
