@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import errno
 import importlib
+import io
 import json
 import logging
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -24,7 +27,7 @@ from itertools import islice, repeat, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -32,17 +35,19 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PROGRESS', 'replacing', 'move', 'write_whole', 'write_json', 'write_lines', 'append_line', 'read_lines',
-           'CheckpointError', 'error_of', 'cache_dir', 'take_lock', 'locked', 'track', 'meanwhile', 'usable_cores',
-           'span', 'find_by_name', 'importable', 'ahead', 'one_ahead']
+           'CheckpointError', 'error_of', 'read_text', 'read_separated', 'cache_dir', 'take_lock', 'locked',
+           'sole_writer', 'track', 'meanwhile', 'usable_cores', 'span', 'find_by_name', 'importable', 'ahead',
+           'one_ahead']
 
 # %% ../nbs/01_files.ipynb #dece0072
 @contextlib.contextmanager
 def replacing(
     path: str | Path,
 ) -> Iterator[Path]:  # a temporary name in the same folder, which the block writes
-    "Let a block write a file that replaces `path` when the block ends. If it raises, the old file stays as it was."
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    """Let a block write a file that replaces `path`, or what a link of that name leads to, when the block ends. If it
+    raises, the old file stays as it was."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # containers share numbers of processes
     try:
         yield temporary
         with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing
@@ -123,12 +128,105 @@ def error_of(function: Callable, *args, **kwargs) -> str:
         return str(e)
     raise AssertionError(f"{getattr(function, '__name__', function)} raised no error")
 
+# %% ../nbs/01_files.ipynb #septab02
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def read_text(
+    path: str | Path,
+) -> str:
+    "Read a text file with or without a byte order mark, its line ends as they are. ValueError where it is not UTF-8."
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: line {raw[:e.start].count(10) + 1} is not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: holds zero bytes, as UTF-16 does; save the file as UTF-8")
+    return text
+
+
+def _fitted(row: list[str], header: list[str], where: str, separator: str) -> list[str]:
+    "Give a row the length of the header. ValueError where it has other fields than that."
+    if len(row) < len(header) and any(c.strip() for c in row):
+        raise ValueError(f"{where} has {len(row)} fields and the header {len(header)}, separated by "
+                         f"{_SEPARATORS[separator]}; write the missing ones, be they empty")
+    if any(c.strip() for c in row[len(header):]):
+        raise ValueError(f"{where} has {len(row)} fields and the header {len(header)}, separated by "
+                         f"{_SEPARATORS[separator]}; put a field that holds the separator in quotation marks")
+    return (row + [""] * len(header))[: len(header)]
+
+
+def _split_rows(text: str, separator: str) -> list[list[str]]:
+    "Split a table into a header without blanks and rows of its length. ValueError names what does not fit."
+    reader, rows, line, header = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), [], 1, []
+    try:
+        for row in reader:
+            if rows:
+                rows.append(_fitted(row, header, f"row {len(rows)} (line {line})", separator)) if row else None
+            elif any(c.strip() for c in row):
+                header = [c.strip() for c in row]
+                while not header[-1]:
+                    header.pop()
+                rows.append(header)
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise ValueError(f"row {len(rows)} (line {line}): {e}; is a quotation mark not closed?") from None
+    if not rows:
+        raise ValueError("it is empty")
+    if twice := [c for c in dict.fromkeys(header) if c and header.count(c) > 1]:
+        raise ValueError(f"two columns have the name {twice[0]!r}; rename or delete one")
+    return rows
+
+
+def read_separated(
+    path: str | Path,
+    usual: str = ",",  # separator, where several would do
+    **options,         # of pandas.read_csv
+) -> pd.DataFrame:
+    """Read a table of text as pandas does, once every row is known to fit the header.
+
+    ValueError names the row that does not, a column that is there twice, and a file that is empty or not UTF-8."""
+    import pandas as pd
+
+    text, rows, misfit = read_text(path), None, None
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    for separator in [s for s in dict.fromkeys([usual, *_SEPARATORS]) if s in first] or [usual]:
+        try:
+            rows = _split_rows(text, separator)
+            break
+        except ValueError as e:
+            misfit = misfit or e
+    if rows is None:
+        raise ValueError(f"{path}: {misfit}")
+    csv.writer(clean := io.StringIO(), quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    clean.seek(0)
+    return pd.read_csv(clean, **options)
+
 # %% ../nbs/01_files.ipynb #machine4
+def _own_cache() -> Path:
+    "Make the cache folder in the user's home, or among the temporary files where there is no home to write to."
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: nothing says where the home is
+        if (home := Path.home()).is_dir():
+            path = home / ".cache" / "smart_iqa"
+            path.mkdir(parents=True, exist_ok=True)
+            if os.access(path, os.W_OK):
+                return path
+    user = os.getuid() if hasattr(os, "getuid") else None
+    path = Path(tempfile.gettempdir(), "smart_iqa" if user is None else f"smart_iqa-{user}")
+    path.mkdir(0o700, exist_ok=True)
+    if user not in (None, path.lstat().st_uid):
+        raise PermissionError(errno.EACCES, "belongs to another user; name a folder in SMART_IQA_CACHE", str(path))
+    return path
+
+
 def cache_dir(
-    cache: str | None = None,  # a folder; None: $SMART_IQA_CACHE, or ~/.cache/smart_iqa
+    cache: str | None = None,  # a folder; None: $SMART_IQA_CACHE, or ~/.cache/smart_iqa, or a temporary one
 ) -> Path:
-    "Return the folder for pixel caches and rendered pictures; it is made if it is missing."
-    path = Path(cache or os.environ.get("SMART_IQA_CACHE") or Path.home() / ".cache" / "smart_iqa").expanduser()
+    "Return the folder for pixel caches and rendered pictures; it is made if it is missing. OSError where it cannot be."
+    if not (named := cache or os.environ.get("SMART_IQA_CACHE")):
+        return _own_cache()
+    path = Path(named).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -157,6 +255,32 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        lock.release()
+
+# %% ../nbs/01_files.ipynb #solowrt2
+@contextlib.contextmanager
+def sole_writer(
+    path: str | Path | None,  # of the file; None: there is nothing to lock
+) -> Iterator[None]:
+    """Keep other processes from writing a file while a block runs; its folder is made. ValueError where one does so
+    already, or where the folder cannot hold a lock."""
+    if path is None:
+        yield
+        return
+    real = Path(os.path.realpath(path))
+    beside = real.with_name(f".{real.name}.lock")
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(beside, 0)
+    except Timeout:
+        raise ValueError(f"{path}: another process is writing to it; wait for it, or give another file") from None
+    except OSError as e:
+        raise ValueError(f"{path}: its folder cannot be written ({e.strerror or e}); give a file in another") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes it at its release; who waits for it looks again
+            beside.unlink()
         lock.release()
 
 # %% ../nbs/01_files.ipynb #caea8a95

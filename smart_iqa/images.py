@@ -9,6 +9,7 @@ __all__ = ['MAX_PIXELS', 'ImageError', 'to_rgb', 'load_reduced', 'load_image', '
 # %% ../nbs/02_images.ipynb #4d10a391
 import codecs
 import ctypes
+import importlib
 import io
 import os
 import re
@@ -197,6 +198,8 @@ def _unknown(path) -> str:
             return ("truncated or damaged: fetch the file again" if features.check("avif")
                     else "AVIF needs a newer Pillow: pip install --upgrade Pillow")
         return "a video, or a kind of picture that this Pillow was built without"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
+        return "JPEG XL needs one more package: pip install pillow-jxl-plugin"
     if b"<svg" in head:
         return "SVG, a drawing, which has no pixels of its own: export it as PNG"
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # the last character may be cut
@@ -204,17 +207,20 @@ def _unknown(path) -> str:
 
 
 def _open(path) -> Image.Image:
-    "Open a picture, HEIC too if pillow-heif is installed."
+    "Open a picture, HEIC and JPEG XL too if their plugins are installed."
     try:
         return Image.open(path)
     except UnidentifiedImageError:
-        if not (reason := _unknown(path)).startswith("HEIC"):
+        reason = _unknown(path)
+        if not reason.startswith(("HEIC", "JPEG XL")):
             raise ImageError(reason) from None
         try:
-            from pillow_heif import register_heif_opener
+            if reason.startswith("HEIC"):
+                importlib.import_module("pillow_heif").register_heif_opener()
+            else:
+                importlib.import_module("pillow_jxl")  # registers itself
         except ImportError:
             raise ImageError(reason) from None
-        register_heif_opener()
         return Image.open(path)
 
 # %% ../nbs/02_images.ipynb #8edd8b5a

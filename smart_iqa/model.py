@@ -200,18 +200,24 @@ def build_model(
     return HyperIQA(**arguments) if method == "hyperiqa" else SmartIQA(**arguments)
 
 # %% ../nbs/10_model.ipynb #ae95cdae
+def _header(path: Path) -> tuple[dict, dict, dict]:
+    "The arguments in the header of a safetensors file, `about`, and what others wrote there. SafetensorError."
+    with safe_open(path, "pt") as f:
+        rest = f.metadata() or {}
+    try:
+        arguments, about = (json.loads(rest.pop(name, "{}")) for name in ("smart_iqa", "about"))
+        about = arguments.pop("about", about)  # files of before have an entry of its own
+        return arguments, about if isinstance(about, dict) else {}, rest
+    except (ValueError, AttributeError, TypeError) as e:
+        raise CheckpointError(f"{path}: the header 'smart_iqa' cannot be read ({e}); save the model anew") from None
+
+
 def _read(path: Path) -> tuple[dict, dict]:
     "Tensors of a checkpoint file and the arguments in its header (empty where it has none). Code is never run."
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {}).get("smart_iqa", "{}"))
-        if not isinstance(header, dict):
-            raise ValueError("it is no dictionary")
-        return load_file(path), header
-    except ValueError as e:
-        raise CheckpointError(f"{path}: the header 'smart_iqa' cannot be read ({e}); save the model anew") from None
+        return load_file(path), _header(path)[0]
     except SafetensorError:
         pass                                    # not safetensors: then a file of torch.save
     try:
@@ -304,9 +310,13 @@ def save_checkpoint(
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    metadata = {"smart_iqa": json.dumps(model.arguments)} | ({"about": json.dumps(about)} if about else {})
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=_entry(model.arguments, about))
+
+
+def _entry(arguments: dict, about: dict | None) -> dict[str, str]:
+    "The header as one entry: safetensors writes several in an order that differs from call to call."
+    return {"smart_iqa": json.dumps(arguments | ({"about": about} if about else {}))}
 
 
 def write_about(
@@ -314,10 +324,9 @@ def write_about(
     about: dict,       # plain JSON, in place of what was there
 ):
     "Give a checkpoint another `about`. Everything else that its header says stays, and its tensors bit by bit."
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata() or {}
+    arguments, _, rest = _header(path)
     with replacing(path) as temporary:
-        save_file(load_file(path), temporary, metadata=metadata | {"about": json.dumps(about)})
+        save_file(load_file(path), temporary, metadata=rest | _entry(arguments, about))
         temporary.chmod(Path(path).stat().st_mode)
 
 
@@ -326,10 +335,6 @@ def read_about(
 ) -> dict:             # empty where there is none
     "What `save_checkpoint` was told beside the weights. CheckpointError for a damaged header."
     try:
-        with safe_open(path, "pt") as f:
-            about = json.loads((f.metadata() or {}).get("about", "{}"))
+        return _header(path)[1]
     except SafetensorError:
         return {}                               # a published .pkl
-    except ValueError as e:
-        raise CheckpointError(f"{path}: the header 'about' cannot be read ({e}); save the model anew") from None
-    return about if isinstance(about, dict) else {}

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'READERS', 'IMAGE_COLUMNS', 'SCORE_COLUMNS', 'LIVE_PARTS', 'KONIQ_PAPER_LEAVES_OUT', 'LOADERS', 'SetFacts',
-           'facts_table', 'find_set', 'set_info', 'DataError', 'read_labels', 'read_table', 'read_csiq', 'read_tid2013',
-           'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_koniq', 'read_csv', 'read_demo', 'reader_of']
+           'facts_table', 'find_set', 'set_info', 'DataError', 'read_labels', 'to_numbers', 'read_table', 'read_csiq',
+           'read_tid2013', 'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_koniq', 'read_csv', 'read_demo',
+           'reader_of']
 
 # %% ../nbs/04_sets.ipynb #0cad6abd
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,7 +24,7 @@ from scipy.io import loadmat
 
 from .config import Config
 from .demo import DEMO_NOTE, render_demo
-from .files import find_by_name
+from .files import find_by_name, read_separated, read_text
 
 # %% ../nbs/04_sets.ipynb #dcdef11c
 @dataclass(frozen=True)
@@ -272,37 +274,50 @@ class DataError(ValueError):
 _TEXT = dict(dtype=str, keep_default_na=False)
 
 
-def _records(text: str) -> pd.DataFrame:
-    "Read a list of records, or an object that holds nothing but one."
-    value = json.loads(text)
+def _once(pairs: list[tuple]) -> dict:
+    "Make a record of JSON. ValueError where it has a name twice."
+    if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]:
+        raise ValueError(f"a record has the name {twice[0]!r} twice; rename or delete one")
+    return dict(pairs)
+
+
+def _records(path: Path) -> pd.DataFrame:
+    "Read a list of records, an object that holds nothing but one, or an object of columns."
+    value = json.loads(read_text(path), object_pairs_hook=_once)
     lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
-    return pd.DataFrame(lists[0] if len(lists) == 1 and len(value) == 1 and isinstance(lists[0][0], dict) else value)
+    if len(lists) == 1 and len(value) == 1 and lists[0] and isinstance(lists[0][0], dict):
+        value = lists[0]
+    if not (all(isinstance(v, dict) for v in value) if isinstance(value, list) else lists):
+        raise ValueError('it is no list of records such as [{"image": "a.png", "mos": 3.5}]')
+    return pd.DataFrame(value)
 
 
-def _json_lines(text: str) -> pd.DataFrame:
-    "Read one record per line."
-    return pd.DataFrame([json.loads(line) for line in text.splitlines() if line.strip()])
+def _json_lines(path: Path) -> pd.DataFrame:
+    "Read one record per line. ValueError names a line that is none."
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            rows += [_once(json.loads(line, object_pairs_hook=list))] if line.strip() else []
+        except (ValueError, TypeError) as e:
+            raise ValueError(f'line {number} is no record such as {{"image": "a.png", "mos": 3.5}}: {e}') from None
+    return pd.DataFrame(rows)
+
+
+def _spreadsheet(path: Path) -> pd.DataFrame:
+    "Read the first sheet of a workbook: its first row that is not empty is the header."
+    cells = pd.read_excel(path, header=None, **_TEXT).fillna("")
+    cells = cells[(cells != "").any(axis=1).cumsum() > 0]
+    return cells[1:].reset_index(drop=True).set_axis(cells.iloc[0] if len(cells) else [], axis=1)
 
 
 READERS = {
-    ".csv": lambda p: pd.read_csv(p, **_TEXT),
-    ".tsv": lambda p: pd.read_csv(p, sep="\t", **_TEXT),
+    ".csv": lambda p: read_separated(p, **_TEXT),
+    ".tsv": lambda p: read_separated(p, "\t", **_TEXT),
     ".parquet": pd.read_parquet,
-    ".xlsx": lambda p: pd.read_excel(p, **_TEXT),
-    ".json": lambda p: _records(p.read_text(encoding="utf-8")),
-    ".jsonl": lambda p: _json_lines(p.read_text(encoding="utf-8")),
+    ".xlsx": _spreadsheet,
+    ".json": _records,
+    ".jsonl": _json_lines,
 }
-
-
-def _numbers(column: pd.Series, path: Path) -> pd.Series:
-    "Convert a column to numbers, empty cells to NaN. DataError names the first row that holds something else."
-    cells = column.replace("", np.nan)
-    numbers = pd.to_numeric(cells, errors="coerce").astype(float)
-    if len(bad := np.flatnonzero(numbers.isna() & cells.notna())):
-        raise DataError(f"{path}: row {bad[0] + 1}: {column.name} {column.iloc[bad[0]]!r} is not a number")
-    return numbers
-
-
 def read_labels(
     path: str | Path,  # .csv, .tsv, .parquet, .json (a list of records), .jsonl or .xlsx
 ) -> pd.DataFrame:
@@ -313,20 +328,69 @@ def read_labels(
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        frame = READERS[path.suffix.lower()](path)
+        frame = _tidy(READERS[path.suffix.lower()](path))
     except Exception as e:  # each reader raises its own
-        raise DataError(f"{path}: cannot be read as {path.suffix} ({type(e).__name__}: {e})") from None
-    frame = frame.loc[:, [not str(c).startswith("Unnamed") for c in frame.columns]]  # columns without a name
+        reason = str(e).removeprefix(f"{path}: ") if type(e) is ValueError else f"{type(e).__name__}: {e}"
+        raise DataError(f"{path}: cannot be read as {path.suffix} ({reason})") from None
     if frame.empty:
         raise DataError(f"{path}: has no rows")
     return frame.assign(**{c: _numbers(frame[c], path) for c in ("std", "SD") if c in frame})
 
+
+def _cell(value):
+    "Return a cell as a number or text; empty text for a missing one."
+    if isinstance(value, (bool, list, dict, np.ndarray)):
+        return str(value)  # no number, whatever it could be turned into
+    return "" if pd.isna(value) else value
+
+
+def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
+    "Leave out columns without a name and empty rows; the others keep their number. ValueError for a column twice."
+    frame = frame.reset_index() if any(n is not None for n in frame.index.names) else frame
+    frame = frame.set_axis([str(c).strip() for c in frame.columns], axis=1)
+    frame = frame.loc[:, [c != "" and not c.startswith("Unnamed") for c in frame.columns]]
+    if frame.columns.has_duplicates:
+        raise ValueError(f"two columns have the name {frame.columns[frame.columns.duplicated()][0]!r}; rename or "
+                         "delete one")
+    frame = frame.astype(object).map(_cell)
+    return frame[(frame != "").any(axis=1)]
+
+# %% ../nbs/04_sets.ipynb #numbers1
+def to_numbers(
+    cells: pd.Series,
+) -> pd.Series:  # float, NaN where a cell is none
+    "Read cells as numbers, with decimal commas where none of them has a point and they cannot be thousands."
+    if pd.api.types.is_numeric_dtype(cells):
+        return cells.astype(float)
+    text = cells.astype(str).str.strip()
+    comma, thousands = text.str.fullmatch(r"[+-]?\d+,\d+"), text.str.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}")
+    if (comma & ~thousands).any() and not text.str.contains(".", regex=False).any():
+        cells = text.where(~comma, text.str.replace(",", "."))
+    return pd.to_numeric(cells, errors="coerce").astype(float)
+
+
+def _numbers(column: pd.Series, path: Path) -> pd.Series:
+    "Convert a column to numbers, empty cells to NaN. DataError names the first row that holds something else."
+    cells = column.replace("", np.nan)
+    numbers = to_numbers(cells)
+    if len(bad := np.flatnonzero(numbers.isna() & cells.notna())):
+        row, cell = column.index[bad[0]] + 1, column.iloc[bad[0]]
+        raise DataError(f"{path}: row {row}: {column.name} {cell!r} is not a number")
+    return numbers
+
 # %% ../nbs/04_sets.ipynb #35a43fc3
+def _listed(frame: pd.DataFrame) -> str:
+    "List the columns of a file; a single one tells that its separator is none that we know."
+    names = ", ".join(map(str, frame.columns))
+    one = "; it is the only one: separate fields by commas, semicolons, tabs or bars" * (frame.shape[1] == 1)
+    return names + one
+
+
 def _columns(frame: pd.DataFrame, path: Path, **wanted: str) -> pd.DataFrame:
     "Pick and rename columns. DataError says which ones the file lacks."
     if lacking := [c for c in wanted.values() if c not in frame.columns]:
         raise DataError(
-            f"{path}: has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}. "
+            f"{path}: has no column {', '.join(map(repr, lacking))}; it has {_listed(frame)}. "
             "Take the file as it was published, or read it with dataset='csv'"
         )
     return frame[list(wanted.values())].set_axis(list(wanted), axis=1)
@@ -452,11 +516,13 @@ def _place(root: Path, names: list[str], folders: tuple[str, ...]) -> list[str]:
 def _assemble(name: str, root: Path, t: pd.DataFrame, path: Path, folders: tuple[str, ...] = ()) -> pd.DataFrame:
     "Make the reader's table from name, mos and perhaps std (label units), ref, split and scale."
     facts, names = find_set(name), [Path(str(n).replace("\\", "/")).name for n in t.name]
+    if len(bad := np.flatnonzero([n == "" for n in names])):
+        raise DataError(f"{path}: row {t.index[bad[0]] + 1}: names no image; write its name, or delete the row")
     if facts.reference:
         refs = pd.Series(names, dtype=object).str.extract(facts.reference, flags=re.IGNORECASE)[0].str.lower()
         if len(bad := np.flatnonzero(refs.isna())):
             raise DataError(
-                f"{path}: row {bad[0] + 1}: the name {names[bad[0]]!r} does not tell its reference. Use the "
+                f"{path}: row {t.index[bad[0]] + 1}: the name {names[bad[0]]!r} does not tell its reference. Use the "
                 "published names, for pictures of one reference must stay together"
             )
         t = t.assign(ref=refs.to_numpy())
@@ -473,7 +539,7 @@ SCORE_COLUMNS = ("mos", "MOS", "score", "Score", "mean_opinion_score", "quality"
 
 def _scale_of(scores: pd.Series, *scales: tuple[float, float]) -> tuple[float, float]:
     "Find the narrowest of some declared scales that holds nine tenths of the scores; else take the widest."
-    numbers = pd.to_numeric(scores, errors="coerce").dropna()
+    numbers = to_numbers(scores).dropna()
     scales = sorted(scales, key=lambda s: abs(s[1] - s[0]))
     return next((s for s in scales if numbers.between(min(s), max(s)).mean() >= 0.9), scales[-1])
 
@@ -710,11 +776,11 @@ def read_csv(root: Path, cfg: Config) -> pd.DataFrame:
     frame = read_labels(path if path.is_file() else root / path)
     pick = {}
     for column, named, usual in (("image", cfg.image_column, IMAGE_COLUMNS), ("mos", cfg.score_column, SCORE_COLUMNS)):
-        pick[column] = named or next((c for c in usual if c in frame.columns), None)
+        pick[column] = (named and named.strip()) or next((c for c in usual if c in frame.columns), None)
         if pick[column] is None:
             option = "image_column" if column == "image" else "score_column"
             raise DataError(f"{path}: which column holds the {column}? Name it with {option}; the file has "
-                            f"{', '.join(map(str, frame.columns))}")
+                            f"{_listed(frame)}")
     extra = {c: c for c in ("std", "ref", "split") if c in frame.columns and c not in pick.values()}
     table = _columns(frame, path, **pick, **extra)
     try:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageSet', 'settle', 'check_splits', 'duplicate_pairs', 'name_pairs', 'duplicate_groups', 'take_groups',
-           'assign_splits', 'save_split', 'read_split', 'random_splits', 'check_leaks', 'leaked']
+           'assign_splits', 'save_split', 'read_split', 'random_splits', 'stops_at_leaks', 'check_leaks', 'leaked']
 
 # %% ../nbs/05_splits.ipynb #4955dfc2
 from dataclasses import dataclass, field, replace
@@ -52,7 +52,7 @@ def settle(
     "Raise one DataError that lists the problems, or return them as a frame when they may be skipped."
     frame = pd.DataFrame(problems, columns=["image", "reason"])
     if len(frame) and on_error == "raise":
-        lines = "\n".join(f"  {image}: {reason}" for image, reason in problems[:10])
+        lines = "\n".join(f"  {image}: {reason}" if image else f"  {reason}" for image, reason in problems[:10])
         more = f"\n  ... and {len(frame) - 10} more" if len(frame) > 10 else ""
         raise DataError(f"{where}: {len(frame)} images cannot be used:\n{lines}{more}\n"
                         f"Fix the files or the labels, or leave them out with on_error='skip' (--on-error skip).")
@@ -62,13 +62,38 @@ def settle(
 def check_splits(
     images: ImageSet,
     expected=("train", "val", "test"),  # the splits that must be there
+    cfg: Config | None = None,  # that has split them: the message then says what to change in it
 ):
     "Raise DataError when a split is too small for its purpose: training needs one image, the others need two."
-    for split in expected:
-        least, n = 1 if split == "train" else 2, len(images.rows(split))
-        if n < least:
-            raise DataError(f"{images.name} in {images.root}: the {split} split has {n} images and needs {least}; "
-                            "use split='random', another fraction, or add images")
+    for split, least in _too_small(images.table.split, expected).items():
+        fix = "use split='random', another fraction, or add images"
+        if cfg is not None and cfg.limit:
+            fix = f"limit={cfg.limit} may be too low: use 0, or 2 and more"
+        elif cfg is not None and cfg.split == "random":
+            fix = _fractions_that_work(images, expected, cfg)
+        raise DataError(f"{images.name} in {images.root}: the {split} split has {len(images.rows(split))} images and "
+                        f"needs {least}; {fix}")
+
+
+def _too_small(splits: pd.Series, expected) -> dict[str, int]:
+    "Map the splits that are too small to the number of images that they need."
+    needs = {split: 1 if split == "train" else 2 for split in expected}
+    return {split: least for split, least in needs.items() if (splits == split).sum() < least}
+
+
+def _fractions_that_work(images: ImageSet, expected, cfg: Config) -> str:
+    "Say which fractions, raised in steps of 0.05, give each split of a random one what it needs."
+    groups, raised = duplicate_groups(images), {}
+    for _ in range(40):
+        small = _too_small(assign_splits(images.table, replace(cfg, **raised), groups), expected)
+        if not small:
+            fractions = ", ".join(f"{name}={value:g}" for name, value in raised.items())
+            return f"{fractions} would do for these {len(images.table)} images, or add images"
+        for name in (f"{split}_fraction" for split in small):
+            raised[name] = np.floor(raised.get(name, getattr(cfg, name, 1)) * 20 + 1.001) / 20
+        if max(raised.values()) > 0.6:
+            break
+    return f"{len(images.table)} images of {len(set(groups))} scenes are too few: add images of other scenes"
 
 # %% ../nbs/05_splits.ipynb #837e90b5
 def duplicate_pairs(
@@ -146,9 +171,9 @@ def assign_splits(
     elif split.isna().any():
         raise DataError(f"{int(split.isna().sum())} of {len(split)} images have no {cfg.split} split (e.g. "
                         f"{table.image[split.isna()].iloc[0]}): add the file with the split, or use split='random'")
-    unknown = set(split) - {"train", "val", "cal", "test"}
-    if unknown:
-        raise DataError(f"split column: {sorted(map(str, unknown))} is not train, val, cal or test")
+    if len(unknown := np.flatnonzero(~split.isin(["train", "val", "cal", "test"]))):
+        i = unknown[0]
+        raise DataError(f"split column: {split.iloc[i]!r} of {table.image.iloc[i]} is not train, val, cal or test")
     if not (split == "val").any() and (split == "train").any():
         _take_from_train(split, groups, "val", cfg.val_fraction, [cfg.split_seed, 1])
     if cfg.cal_fraction and not (split == "cal").any():
@@ -181,10 +206,13 @@ def read_split(
     "Read the split of exactly these images from a file. DataError names the images that one of the two lacks."
     frame = read_labels(path)
     if lacking := {"image", "split"} - set(frame.columns):
-        raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}")
+        raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}; it has {', '.join(frame.columns)}")
+    if len(empty := frame.index[(frame.image == "") | (frame.split.str.strip() == "")]):
+        raise DataError(f"{path}: row {empty[0] + 1}: has no image or no split; write it, or delete the row")
+    frame["image"] = frame.image.where(frame.image.isin(images), frame.image.str.strip())
     if len(twice := frame.image[frame.image.duplicated()]):
-        raise DataError(f"{path}: row {twice.index[0] + 2}: {twice.iloc[0]} is named twice")
-    split = frame.set_index("image").split
+        raise DataError(f"{path}: row {twice.index[0] + 1}: {twice.iloc[0]} is named twice; delete one of the rows")
+    split = frame.set_index("image").split.str.strip()
     _check_same("in the set and not in the split", images[~images.isin(split.index)], path)
     _check_same("in the split and not in the set", frame.image[~frame.image.isin(images)], path)
     return split[images].to_numpy()
@@ -210,6 +238,13 @@ def random_splits(
     return sets
 
 # %% ../nbs/05_splits.ipynb #7dae69f5
+def stops_at_leaks(
+    cfg: Config,  # leaks, split, dataset
+) -> bool:
+    "Say whether a split that leaks is an error, as it is where its user made it, or what a result is marked with."
+    return cfg.leaks == "error" or (cfg.leaks == "auto" and (cfg.split.endswith(".csv") or cfg.dataset == "csv"))
+
+
 def check_leaks(
     images: ImageSet,
 ):

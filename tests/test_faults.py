@@ -417,7 +417,8 @@ def test_decoding_in_threads_leaves_warnings_alone(tmp_path):
 # -- labels ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text, told", [
     ("", "cannot be read"), ("\n\n", "cannot be read"), ("image,score,split\n", "has no rows"),
-    ("image;score;split\na.png;3;train\n", "which column holds the image.*image;score;split"),
+    ("image score split\na.png 3 train\n", "which column holds the image.*image score split; it is the only one"),
+    ("image,score,split\n,,\n", "has no rows"),
     ("file,points\na.png,3\n", "which column holds the image.*image_column.*file, points"),
     ("image,points\na.png,3\n", "which column holds the mos.*score_column.*image, points"),
 ])
@@ -429,16 +430,220 @@ def test_label_file_that_holds_no_labels(text, told, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, told", [
-    ("x.csv", "image,score\nfoté.png,3\n".encode("latin-1"), "UnicodeDecodeError"),
-    ("x.csv", "image,score\na.png,3\n".encode("utf-16"), "cannot be read|which column"),
+    ("x.csv", "image,score\nfoté.png,3\n".encode("latin-1"), "line 2 is not UTF-8"),
+    ("x.csv", "image,score\na.png,3\n".encode("utf-16"), "line 1 is not UTF-8"),
+    ("x.tsv", "image,score\na.png,3\n".encode("utf-16-le"), "zero bytes.*UTF-16"),
     ("x.json", b"[{", "cannot be read"), ("x.parquet", b"PAR1", "cannot be read"), ("x.xlsx", b"PK", "cannot be read"),
-    ("x.csv", b"image,score\na.png,3,4,5,6\nb.png,3\nc.png,1,2,3,4,5,6,7,8\n", "cannot be read|column"),
+    ("x.json", b'{"a.png": 3, "b.png": 4}', "no list of records such as"), ("x.json", b'[1, 2]', "no list of records"),
+    ("x.json", b'[{"image": "a.png", "score": 3, "score": 4}]', "'score' twice"),
+    ("x.jsonl", b'{"image": "a.png", "score": 3}\n{"image": "b.png"\n', "line 2 is no record"),
+    ("x.jsonl", b'{"image": "a.png", "score": 3, "score": 4}\n', "line 1.*'score' twice"),
     ("x.doc", b"", "labels are read from .csv"),
 ])
 def test_label_file_that_cannot_be_read(name, content, told, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}.*({told})"):
         load_set(small_config(tmp_path, labels=name))
+
+
+ROWS = [("p0.png", "20", "train"), ("p1.png", "30.5", "val"), ("p2.png", "40", "val"), ("p3.png", "50", "test"),
+        ("p4.png", "60", "test")]  # fmt: skip
+
+
+@pytest.fixture
+def five(standin, tmp_path):
+    """Five pictures of the healthy set and a way to write their labels as text."""
+    for k in range(5):
+        shutil.copy(standin / f"p{k}.png", tmp_path)
+
+    def labels(text, name="labels.csv", **values):
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        return small_config(tmp_path, labels=name, **values)
+
+    return labels
+
+
+def joined(separator=",", end="", head_end=None, rows=ROWS, head=("image", "score", "split"), feed="\n"):
+    """A table as text, with something at the ends of its rows."""
+    lines = [separator.join(row) + end for row in rows]
+    return feed.join([separator.join(head) + (end if head_end is None else head_end), *lines]) + feed
+
+
+RIGHT = {  # written otherwise than usual, and yet in one way only
+    "comma at every end": joined(end=","),
+    "comma at the ends of rows": joined(end=",", head_end=""),
+    "comma at the end of the header": joined(end="", head_end=","),
+    "three commas and blanks": joined(end=", ,,", head_end=""),
+    "comma at one end": joined().replace("20,train", "20,train,"),
+    "rows of commas": joined() + ",,\n\n,,,\n",
+    "byte order mark": "\ufeff" + joined(),
+    "semicolons": joined(";"),
+    "semicolons, decimal commas": joined(";").replace(".5", ",5"),
+    "semicolons and a comma in the header": joined(";", head=("image", "score", "split", "remarks, free"), end=";",
+                                                   head_end=""),
+    "tabs": joined("\t"),
+    "tabs at the ends": joined("\t", end="\t", head_end=""),
+    "bars": joined("|"),
+    "quoted decimal commas": joined().replace("30.5", '"30,5"'),
+    "blanks in the header": joined(head=(" image", "score ", " split ")),
+    "blanks in the cells": joined(rows=[(i, f" {s} ", f" {p}") for i, s, p in ROWS]),
+    "blanks around names": joined(rows=[(f" {i} ", s, p) for i, s, p in ROWS]),
+    "carriage returns": joined(feed="\r\n"),
+    "old carriage returns": joined(feed="\r"),
+    "no line feed at the end": joined().rstrip("\n"),
+    "empty lines": joined(feed="\n\n"),
+    "quotation marks": joined(rows=[(f'"{i}"', f'"{s}"', p) for i, s, p in ROWS]),
+    "line feed in a cell": joined(rows=[(*r, '"so\nso"') for r in ROWS], head=("image", "score", "split", "remark")),
+    "back slashes": joined(rows=[(f".\\{i}", s, p) for i, s, p in ROWS]),
+    "row names of pandas": joined(
+        rows=[(str(k), *r) for k, r in enumerate(ROWS)], head=("", "image", "score", "split")
+    ),
+}
+
+
+@pytest.mark.parametrize("what", RIGHT)
+@pytest.mark.parametrize("name", ["labels.csv", "labels.tsv"])
+def test_table_that_can_be_read_in_one_way_only(what, name, five):
+    """It is read in this way."""
+    table = load_set(five(RIGHT[what], name)).table
+    assert list(zip(table.image, table.score, table.split, strict=True)) == [(i, float(s), p) for i, s, p in ROWS]
+
+
+WRONG = {  # damaged, and what is said
+    "a field too many": (joined().replace("40,val", "40,val,x"), r"row 3 \(line 4\) has 4 fields and the header 3"),
+    "a field too many at first": (joined().replace("p0.png,", "p0,png,"), r"row 1 \(line 2\) has 4 fields"),
+    "row names of R": (joined(rows=[(str(k), *r) for k, r in enumerate(ROWS)]), r"row 1 \(line 2\) has 4 fields"),
+    "a field too few": (joined().replace("40,val", "40"), r"row 3 \(line 4\) has 2 fields and the header 3"),
+    "a torn row": (joined().rstrip("\n")[:-9], r"row 5 \(line 6\) has 1 fields"),
+    "a field too many, semicolons": (joined(";").replace("40;val", "40;val;x"), "row 3 .*separated by semicolons"),
+    "an open quotation mark": (joined().replace("p2.png", '"p2.png'), r"row 3 \(line 4\).*quotation mark"),
+    "an open one after a line feed": (
+        joined().replace("p1.png", '"p1\n.png"').replace("p2.png", '"p2.png'), r"row 3 \(line 5\).*quotation mark",
+    ),
+    "a column twice": (joined(head=("image", "score", "split", "score"), end=",1", head_end=""), "the name 'score'"),
+    "a column twice, blanks": (joined(head=("image", "score", "split", " score"), end=",1", head_end=""), "'score'"),
+    "a row without a name": (joined().replace("p2.png", ""), "row 3: names no image"),
+    "a row with a blank name": (joined().replace("p2.png", "  "), "row 3: names no image"),
+    "names that differ in blanks": (joined().replace("p2.png", "p1.png "), "p1.png  ?: is p1.png under another name"),
+    "a negative deviation": (
+        joined(head=("image", "score", "split", "std"), end=",-0.5", head_end=""), "row 1: label with a negative",
+    ),
+    "an infinite deviation": (
+        joined(head=("image", "score", "split", "std"), end=",inf", head_end=""), "row 1: label with an? infinite",
+    ),
+    "per cent": (joined().replace("30.5", "30.5 %"), "row 2: label '30.5 %' is not a number"),
+    "a decimal comma among points": (joined().replace("20", '"20,5"'), "row 1: label '20,5' is not a number"),
+    "perhaps thousands": (joined(";").replace("30.5", "3,125"), "row 2: label '3,125' is not a number"),
+    "a name that leaves the folder": (joined().replace("p2.png", "../p2.png"), r"\.\./p2\.png: is not below"),
+    "a name of another machine": (joined().replace("p2.png", "C:\\p\\p2.png"), "path of another machine"),
+    "a name without its ending": (joined().replace("p2.png", "p2"), r"p2: no such file; is it p2\.png"),
+    "another split": (joined().replace("val", "Val", 1), "'Val' of p1.png is not train, val, cal or test"),
+    "twice": (joined().replace("p2.png", "p1.png"), "row 3: named twice in the labels, first in row 2"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_table_that_is_damaged_names_its_row(what, five):
+    text, told = WRONG[what]
+    with pytest.raises(DataError, match=told):
+        load_set(five(text))
+
+
+@pytest.mark.parametrize("kind", ["xlsx", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "column, value, told",
+    [
+        ("image", None, "row 3: names no image"),
+        ("image", 2, r"2: no such file; is it 02\.png\? A number loses its zeros"),
+        ("score", None, "row 3: label '' is not a number"),
+        ("score", True, "row 3: label 'True' is not a number"),
+        ("score", "40 %", "row 3: label '40 %' is not a number"),
+        ("score", 1e9, "row 3: label 1e\\+09 is outside the declared"),
+        ("std", -1.0, "row 3: label with a negative"),
+    ],
+)
+def test_tables_of_other_kinds(kind, column, value, told, five, tmp_path):
+    """The same defects as in text are found in them, row by row; empty rows say nothing."""
+    shutil.copy(tmp_path / "p2.png", tmp_path / "02.png")
+    rows = [dict(image=i, score=float(s), split=p, std=1.0) for i, s, p in ROWS]
+    rows[2][column] = value
+    frame = pd.DataFrame(rows).astype(object)
+    if kind == "parquet":
+        frame = frame.astype({column: str}).replace("None", None) if not isinstance(value, float) else frame
+    write = dict(
+        xlsx=lambda p: frame.to_excel(p, index=False, startrow=1),
+        json=lambda p: p.write_text("\ufeff" + json.dumps(rows), encoding="utf-8"),
+        jsonl=lambda p: p.write_text("\n".join(map(json.dumps, rows)) + "\n\n"),
+        parquet=lambda p: frame.set_index("image").to_parquet(p),
+    )
+    write[kind](tmp_path / f"labels.{kind}")
+    with pytest.raises(DataError, match=told):
+        load_set(small_config(tmp_path, labels=f"labels.{kind}"))
+    rows = [dict(image=i, score=float(s), split=p) for i, s, p in ROWS]
+    frame = pd.DataFrame(rows)
+    write[kind](tmp_path / f"labels.{kind}")
+    assert list(load_set(small_config(tmp_path, labels=f"labels.{kind}")).table.image) == [r[0] for r in ROWS]
+
+
+def test_column_twice_in_a_workbook(five, tmp_path):
+    pd.DataFrame([[*r, 3] for r in ROWS], columns=["image", "score", "split", "score"]).to_excel(
+        tmp_path / "labels.xlsx", index=False
+    )
+    with pytest.raises(DataError, match=r"labels\.xlsx.*two columns have the name 'score'"):
+        load_set(small_config(tmp_path, labels="labels.xlsx"))
+
+
+def test_accents_are_composed_in_two_ways(five, tmp_path):
+    """macOS writes e and an accent, labels often one character; both at once are no match."""
+    one, two = "caf\u00e9.png", "cafe\u0301.png"
+    (tmp_path / "p0.png").rename(tmp_path / two)
+    cfg = five(joined().replace("p0.png", one))
+    assert load_set(cfg).table.image[0] == two
+    cfg = five(joined().replace("p0.png", one).replace("p1.png", two))
+    with pytest.raises(DataError, match="under another name"):
+        load_set(cfg)
+
+
+def test_names_inside_by_another_way(five, tmp_path):
+    """An absolute name and one with a detour are that of the file; a folder like a file is below root too."""
+    rows = [(f"{tmp_path}/p0.png", *ROWS[0][1:]), (f"../{tmp_path.name}/p1.png", *ROWS[1][1:]), *ROWS[2:]]
+    assert list(load_set(five(joined(rows=rows))).table.image) == [r[0] for r in ROWS]
+    with pytest.raises(DataError, match="is p0.png under another name"):
+        load_set(five(joined(rows=[*rows, ROWS[0]])))
+
+
+def test_scenes_that_differ_in_blanks_are_one(five):
+    rows = [(*r, s) for r, s in zip(ROWS, ("a", "b", "b", "a ", "c"), strict=True)]
+    with pytest.raises(DataError, match="a: the same reference on both sides"):
+        load_set(five(joined(rows=rows, head=("image", "score", "split", "ref"))))
+
+
+SPLIT = joined(rows=[(i, p) for i, _, p in ROWS], head=("image", "split"))
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (SPLIT.replace("\n", ",\n"), None),
+        (SPLIT.replace(",", " ; "), None),
+        (SPLIT.replace("p2.png,val", "p2.png"), r"row 3 \(line 4\) has 1 fields"),
+        (SPLIT.replace("p2.png", ""), "row 3: has no image"),
+        (SPLIT.replace("val", "", 1), "row 2: has no image or"),
+        (SPLIT.replace("p2", "p1"), "row 3: p1.png is named twice"),
+        (SPLIT.replace("image", "split"), "the name 'split'"),
+        ("image,split\n", "has no rows"),
+        ("", "it is empty"),
+    ],
+)
+def test_split_tables(text, told, five, tmp_path):
+    """They are read as labels are."""
+    (tmp_path / "split.csv").write_text(text)
+    cfg = five(joined(), split=str(tmp_path / "split.csv"))
+    if told is None:
+        assert list(load_set(cfg).table.split) == [r[2] for r in ROWS]
+    else:
+        with pytest.raises(DataError, match=told):
+            load_set(cfg)
 
 
 def test_missing_label_file(folder):

@@ -2,7 +2,10 @@
 "hyper" left as it was."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +22,16 @@ from smart_iqa.app.scoring import Policy, quality_figure
 from smart_iqa.config import make_config, run_id
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.lab.figures import attention_by_decile, attention_table
-from smart_iqa.model import CheckpointError, HyperIQA, SmartIQA, build_model, load_checkpoint, save_checkpoint
+from smart_iqa.model import (
+    CheckpointError,
+    HyperIQA,
+    SmartIQA,
+    build_model,
+    load_checkpoint,
+    read_about,
+    save_checkpoint,
+    write_about,
+)
 from smart_iqa.training import Solver, make_model, predict
 
 
@@ -203,6 +215,43 @@ def test_round_trip(arguments, tmp_path):
         assert again.arguments == model.arguments and not again.training
         with torch.no_grad():
             assert torch.equal(again(x), model(x))
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    """Whoever compares checksums finds the same model the same, in one process and in another."""
+    about = dict(info=dict(name="small", trained_on=["a", "b"]), policy=dict(size=384))
+    code = (
+        "import sys, torch; from smart_iqa.model import *; torch.manual_seed(0); "
+        f"m = SmartIQA(backbone='test_efficientnet'); save_checkpoint(m, sys.argv[1], {about})"
+    )
+    other = tmp_path / "other.safetensors"
+    subprocess.run([sys.executable, "-c", code, other], env=os.environ | dict(PYTHONHASHSEED="7"), check=True)
+    torch.manual_seed(0)
+    model, path = SmartIQA(backbone="test_efficientnet"), tmp_path / "x.safetensors"
+    seen = {other.read_bytes()}
+    for _ in range(8):
+        save_checkpoint(model, path, about)
+        seen.add(path.read_bytes())
+        write_about(path, about | dict(more=1))
+        write_about(path, about)
+        seen.add(path.read_bytes())
+    assert len(seen) == 1
+
+
+def test_about_of_before(tmp_path):
+    """Files of before have `about` beside the arguments; it is read, replaced, and then there once."""
+    model = SmartIQA(backbone="test_efficientnet")
+    tensors, old = {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "old.safetensors"
+    said = dict(info=dict(name="old"))
+    header = {"smart_iqa": json.dumps(model.arguments), "about": json.dumps(said), "format": "pt"}
+    save_file(tensors, old, metadata=header)
+    assert read_about(old) == said and load_checkpoint(old).arguments == model.arguments
+    write_about(old, dict(a=1))
+    with safe_open(old, "pt") as f:
+        assert set(f.metadata()) == {"smart_iqa", "format"}
+    assert read_about(old) == dict(a=1) and load_checkpoint(old).arguments == model.arguments
+    write_about(old, {})
+    assert read_about(old) == {}
 
 
 @pytest.mark.parametrize("gate, rank", [(True, 8), (False, 2)])

@@ -86,14 +86,21 @@ print(scorer("photo.jpg"), scorer.table(["photo.jpg"]))
 {info}
 
 Where nothing is said above about training data or accuracy, nothing is known.
-"""
+{limits}"""
 
 # %% ../../nbs/app/export.ipynb #card0001
+def _limits(limits: dict) -> str:
+    "Write what a model does not see: a line each, with its number and the command that measured it."
+    lines = [f"- {text}: {fact['number']} (`{fact['command']}`)" for text, fact in limits.items()]
+    return "\n".join(["", "## What it does not see", "", *lines, ""]) if lines else ""
+
+
 def model_card(
     scorer: Scorer,
 ) -> str:             # Markdown with YAML front matter, as hub repositories have it
     "Write a README.md from what a scorer knows about itself: card, policy, calibration, network. Nothing is added."
-    p, c, info = scorer.policy, scorer.calibration, scorer.info
+    p, c, info = scorer.policy, scorer.calibration, dict(scorer.info)
+    limits = _limits(info.pop("limits", {}))
     n_parameters = sum(v.numel() for v in scorer.model.parameters())
     shape = "(squashed)" if p.fit == "squash" else "aspect ratio kept"
     intervals = "none: not calibrated"
@@ -102,13 +109,13 @@ def model_card(
     model = {
         "network": f"{type(scorer.model).__name__}, {n_parameters:,} parameters",
         "arguments": scorer.model.arguments,
-        "picture policy": f"short side {p.size} pixels, {shape}; {p.crops} crops of {p.crop} x {p.crop}, more on "
-                          "panoramas; the score is their mean",
+        "picture policy": f"short side {p.size} pixels, {shape}; crops of {p.crop} x {p.crop}: {p.crops} of a square "
+                          "photograph, more of a longer one; the score is their mean",
         "intervals": intervals,
     }
     name = " ".join(str(info.get("name", "SMART-IQA model")).split())
     return _CARD.format(yaml=_front_matter(info), made_by=MADE_BY, name=name, model=_rows(model),
-                        info=_rows(info) if info else "Nothing.")
+                        info=_rows(info) if info else "Nothing.", limits=limits)
 
 # %% ../../nbs/app/export.ipynb #1b15f59b
 def save_pretrained(
