@@ -68,10 +68,10 @@ class Backbone(nn.Module):
         self.model = _pyramid(self.name, drop_path)
         self.channels = self.model.feature_info.channels()
         cfg = self.model.pretrained_cfg if hasattr(self.model, "pretrained_cfg") else self.model.default_cfg
-        own_mean, own_std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
-        scale = torch.tensor(STD) / own_std
-        shift = (torch.tensor(MEAN) - own_mean) / own_std
-        self.rescale = not torch.allclose(scale, torch.ones(3)) or not torch.allclose(shift, torch.zeros(3))
+        own_mean, own_std = tuple(cfg["mean"]), tuple(cfg["std"])
+        self.rescale = (own_mean, own_std) != (tuple(MEAN), tuple(STD))
+        scale = torch.tensor(STD) / torch.tensor(own_std)
+        shift = (torch.tensor(MEAN) - torch.tensor(own_mean)) / torch.tensor(own_std)
         self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
 

@@ -9,11 +9,11 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import kernels
 import nbformat
 import papermill
 import pytest
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 from smart_iqa.lab.notebooks import parameters_of
 
@@ -31,23 +31,39 @@ EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 SOURCE = {name_of(p): nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
 
+@pytest.fixture(scope="session")
+def forking():
+    """Where the processes of notebooks come from."""
+    return kernels.start()
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_runs_top_to_bottom(path, tmp_path, monkeypatch):
-    """As in JupyterLab's "restart and run all": a fresh kernel, the notebook's folder, no order but its own; its
+def test_runs_top_to_bottom(path, tmp_path, forking):
+    """As in JupyterLab's "restart and run all": a process of its own, the notebook's folder, no order but its own; its
     temporary files go with it."""
-    monkeypatch.setenv("SMART_IQA_CACHE", str(tmp_path / "cache"))
     with tempfile.TemporaryDirectory() as short:  # the path of a socket may have some hundred characters
-        room = Path(short) / "t"
+        room, log = Path(short) / "t", Path(short) / "log"
         room.mkdir()
-        monkeypatch.setenv("TMPDIR", str(room))
-        ipc = Config(KernelManager=dict(transport="ipc", ip=f"{short}/k"))
-        here = {"metadata": {"path": str(path.parent)}}
-        NotebookClient(nbformat.read(path, 4), timeout=600, kernel_name="python3", resources=here, config=ipc).execute()
+        env = dict(SMART_IQA_CACHE=str(tmp_path / "cache"), TMPDIR=str(room))
+        process = forking.Process(target=kernels.run_all_cells, args=(path, log, env))
+        process.start()
+        process.join(600)
+        if process.exitcode is None:
+            process.kill()
+        assert process.exitcode == 0, log.read_text()[-4000:]
         left = {}
         for p in room.rglob("*"):
             with suppress(FileNotFoundError):  # of a process that is just ending
                 left[p.relative_to(room).as_posix()] = p.stat().st_size * p.is_file()
         assert sum(left.values()) < 100_000, left  # processes that a notebook kills on purpose leave a few small files
+
+
+@pytest.mark.slow
+def test_runs_in_a_kernel():
+    """The notebook of the training loop in a kernel as JupyterLab starts it, where the others are forked."""
+    path = ROOT / "nbs" / "13_training.ipynb"
+    here = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(nbformat.read(path, 4), timeout=600, kernel_name="python3", resources=here).execute()
 
 
 def test_package_equals_export(tmp_path):

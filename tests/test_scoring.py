@@ -66,12 +66,13 @@ def test_batch_size_moves_nothing(scorer, photos, alone, batch_size):
     assert np.abs(other(photos[:2]) - alone[:2]).max() < 1e-3
 
 
-def test_bf16_is_near(scorer, photos, alone):
-    """Within half a point alone and in a batch; and not far from fp32."""
-    bf16 = Scorer(scorer.model, scorer.policy, device="cpu", amp="on")
+def test_bf16_is_near(scorer, photos):
+    """Within half a point alone and in a batch; and not far from fp32. (Small crops: some processors imitate bf16.)"""
+    small = dict(policy=Policy(112, "short", 96, 6), device="cpu")
+    exact, bf16 = (Scorer(scorer.model, amp=amp, **small) for amp in ("off", "on"))
     found = bf16(photos)
     assert np.abs(found - [bf16(p) for p in photos]).max() < 0.5
-    assert np.abs(found - alone)[:4].max() < 1
+    assert 0 < np.abs(found - exact(photos))[:4].max() < 1
 
 
 def test_every_kind_of_input(scorer, photos, alone, tmp_path):
