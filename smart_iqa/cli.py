@@ -650,9 +650,10 @@ class DataCheck(OnDisk):
     threads: option(Count | None, "pictures at a time", "N", "one per core, at most 8") = None
 
     def __call__(self) -> int:
-        from smart_iqa.checks import check_set
+        from smart_iqa.checks import check_set, default_split
 
-        report = check_set(self.config(split=self.split), self.partial, self.threads, not self.quiet)
+        cfg = self.config(split=self.split)
+        report = check_set(cfg if self.split else default_split(cfg), self.partial, self.threads, not self.quiet)
         say(str(report))
         _write_table(report.pairs, self.pairs)
         _write_table(report.findings, self.findings)
