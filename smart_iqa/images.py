@@ -7,31 +7,38 @@ __all__ = ['MAX_PIXELS', 'ImageError', 'to_rgb', 'load_reduced', 'load_image', '
            'pixels_or_reason', 'grid_shape']
 
 # %% ../nbs/02_images.ipynb #4d10a391
+import codecs
+import ctypes
+import importlib
 import io
 import os
+import re
 import stat
 import warnings
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+import simplejpeg
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 # %% ../nbs/02_images.ipynb #8beff5a3
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file and the reason."
 
 
-def _to_8bit(img: Image.Image, tags) -> Image.Image:  # tags: of a TIFF, else empty
-    "Convert grey pictures with 12, 16, 32 or floating-point bits to 8-bit grey, by their declared range."
+def _to_8bit(img: Image.Image, kind: str | None, tags) -> Image.Image:  # kind: of file; tags: of a TIFF, else empty
+    "Convert grey pictures with 12, 16 or floating-point bits to 8-bit grey, by their declared range."
     a = np.asarray(img)
     if not np.isfinite(a).all():
         raise ImageError("has pixels that are not numbers")
+    white = 4095 if tags.get(258) == (12,) else 65535
     if img.mode == "F":
-        white = 1 if a.max() <= 1.001 else 255
-    else:
-        white = 4095 if tags.get(258) == (12,) else 65535
-    if a.min() < -0.001 * white or a.max() > 1.001 * white:
+        white = 1
+    elif img.mode == "I" and kind != "PPM":  # 32 bits
+        white = 0
+    if not white or a.min() < -0.001 * white or a.max() > 1.001 * white:
         raise ImageError(
             f"has pixels between {a.min():g} and {a.max():g}, and nothing says which is white: store it with 8 or 16 "
             "bits"
@@ -50,6 +57,77 @@ def _inks_to_rgb(img: Image.Image) -> Image.Image:
         return ImageCms.profileToProfile(img, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return img.convert("RGB")
 
+# %% ../nbs/02_images.ipynb #whole002
+def _damaged(e: Exception) -> ImageError:
+    "Say what an error of Pillow's readers means."
+    if reason := getattr(e, "strerror", None):  # the system's, such as a missing permission
+        return ImageError(f"{type(e).__name__}: {reason}")
+    return ImageError(f"truncated or damaged, or of a kind that Pillow does not read ({type(e).__name__}: {e}): "
+                      "fetch the file again, or save it as PNG")
+
+
+def _decode_jpeg(img: Image.Image) -> Image.Image | None:  # None: Pillow has to do it
+    "Decode an opened JPEG at its (draft) size. ImageError where libjpeg would invent pixels."
+    img.fp.seek(img.tile[0][2])
+    colours = {"L": "GRAY", "RGB": "RGB"}.get(img.mode, img.mode)
+    size = (1, 1) if colours == "CMYK" else img.size  # Pillow knows the makers' ways to store inks: only a check
+    try:
+        pixels = simplejpeg.decode_jpeg(img.fp.read() + b"\xff\xd9", colours, min_width=size[0], min_height=size[1])
+    except ValueError as e:
+        spare = re.search(r"(\d+) extraneous bytes", str(e))
+        if str(e).startswith(("Corrupt", "Premature", "Inconsistent")) and not (spare and int(spare[1]) < 100):
+            raise ImageError(f"its data are truncated or damaged ({e}): fetch the file again") from None
+        return None
+    fits = colours != "CMYK" and pixels.shape[1::-1] == img.size
+    return Image.fromarray(pixels[..., 0] if img.mode == "L" else pixels) if fits else None
+
+# %% ../nbs/02_images.ipynb #whole003
+_HOLE = bytes(4096)  # zeros, more than a lossy coder writes
+
+
+def _coded(img: Image.Image) -> bytes:
+    "Read the lossy coded part of an opened WebP, AVIF or JPEG 2000; empty for any other."
+    if img.format not in ("WEBP", "AVIF", "JPEG2000") or not img.fp:
+        return b""
+    img.fp.seek(0)
+    data, at = img.fp.read(), 12
+    if img.format == "WEBP":  # chunks: name, size, data
+        while kind := data[at : at + 4]:
+            size = int.from_bytes(data[at + 4 : at + 8], "little")
+            if kind == b"VP8 ":
+                return data[at : at + 8 + size]
+            at += 8 + size + size % 2
+        return b""
+    for block in (img.info.get(key) for key in ("exif", "xmp", "icc_profile")):  # may hold zeros
+        data = data.replace(block, b"") if block else data
+    return data
+
+
+@cache
+def _silence_libtiff():
+    "Keep libtiff from writing to the terminal, where its functions can be reached."
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(Image.core.__file__)
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+
+def _decode(img: Image.Image) -> Image.Image:
+    "Read the pixels of an opened picture. ImageError for damage that can be seen."
+    try:
+        if img.format in ("JPEG", "MPO") and img.tile and (decoded := _decode_jpeg(img)):
+            return decoded
+        if _HOLE in _coded(img):
+            raise ImageError("its data have a hole of zeros, as an interrupted download leaves: fetch the file again")
+        if img.format == "TIFF":
+            _silence_libtiff()
+        img.load()
+    except (ImageError, Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception as e:  # Pillow's plugins raise many kinds
+        raise _damaged(e) from None
+    return img
+
 # %% ../nbs/02_images.ipynb #1b8d658e
 _UPRIGHT = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
@@ -63,22 +141,19 @@ def _orientation(img: Image.Image) -> int | None:
         return None
 
 
-def _upright(img: Image.Image) -> Image.Image:
-    "Turn a picture as its EXIF tag 274 says."
-    turn = _UPRIGHT.get(_orientation(img))
-    return img if turn is None else img.transpose(turn)
-
-
 def to_rgb(
     img: Image.Image,  # any mode that Pillow opens; of an animation, the frame it stands at
 ) -> Image.Image:
-    "Convert to 8-bit RGB: upright by EXIF, transparency over white, 16 bits scaled, CMYK by its profile."
+    """Convert to 8-bit RGB: upright by EXIF, transparency over white, 16 bits scaled, CMYK by its profile.
+
+    ImageError for a picture whose data are damaged, or that does not say which of its numbers is white."""
     if 0 in img.size:
         raise ImageError("has no pixels")
-    img.load()
-    tags, img = getattr(img, "tag_v2", {}), _upright(img)
+    opened, img = img, _decode(img)
+    if (turn := _UPRIGHT.get(_orientation(opened))) is not None:
+        img = img.transpose(turn)
     if img.mode in ("I", "F") or img.mode.startswith("I;16"):
-        return _to_8bit(img, tags).convert("RGB")
+        return _to_8bit(img, opened.format, getattr(opened, "tag_v2", {})).convert("RGB")
     if img.mode == "CMYK":
         return _inks_to_rgb(img)
     if img.has_transparency_data:
@@ -117,27 +192,35 @@ def _unknown(path) -> str:
     if not head:
         return "the file is empty"
     if head[4:8] == b"ftyp":
-        heic = head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-        if heic:
+        if head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"):
             return "HEIC needs one more package: pip install pillow-heif"
+        if head[8:12] in (b"avif", b"avis"):
+            return ("truncated or damaged: fetch the file again" if features.check("avif")
+                    else "AVIF needs a newer Pillow: pip install --upgrade Pillow")
         return "a video, or a kind of picture that this Pillow was built without"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
+        return "JPEG XL needs one more package: pip install pillow-jxl-plugin"
     if b"<svg" in head:
         return "SVG, a drawing, which has no pixels of its own: export it as PNG"
-    return "damaged, or no picture that Pillow knows" if b"\0" in head else "text, no picture"
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # the last character may be cut
+    return "damaged, or no picture that Pillow knows" if {"\0", "\ufffd"} & {*text} else "text, no picture"
 
 
 def _open(path) -> Image.Image:
-    "Open a picture, HEIC too if pillow-heif is installed."
+    "Open a picture, HEIC and JPEG XL too if their plugins are installed."
     try:
         return Image.open(path)
     except UnidentifiedImageError:
-        if not (reason := _unknown(path)).startswith("HEIC"):
+        reason = _unknown(path)
+        if not reason.startswith(("HEIC", "JPEG XL")):
             raise ImageError(reason) from None
         try:
-            from pillow_heif import register_heif_opener
+            if reason.startswith("HEIC"):
+                importlib.import_module("pillow_heif").register_heif_opener()
+            else:
+                importlib.import_module("pillow_jxl")  # registers itself
         except ImportError:
             raise ImageError(reason) from None
-        register_heif_opener()
         return Image.open(path)
 
 # %% ../nbs/02_images.ipynb #8edd8b5a
@@ -150,10 +233,11 @@ def load_reduced(
         _check_file(path)
         with _open(path) as img:
             _check_opened(img)
-            size, turned = img.size, _orientation(img) in range(5, 9)
+            size = img.size
             if short:
                 img.draft(None, (short, short))
-            return to_rgb(img), size[::-1] if turned else size
+            rgb = to_rgb(img)  # first: asking for EXIF makes Pillow decode a PNG, and decoding twice hides an error
+            return rgb, size[::-1] if _orientation(img) in range(5, 9) else size
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file" + " (a link that leads nowhere)" * os.path.islink(path)) from None
     except Image.DecompressionBombError as e:
@@ -163,9 +247,7 @@ def load_reduced(
     except ImageError as e:
         raise ImageError(f"{path}: cannot be decoded ({e})") from None
     except Exception as e:  # Pillow's plugins raise many kinds
-        raise ImageError(
-            f"{path}: cannot be decoded ({type(e).__name__}: {getattr(e, 'strerror', None) or e})"
-        ) from None
+        raise ImageError(f"{path}: cannot be decoded ({_damaged(e)})") from None
 
 
 def load_image(

@@ -135,6 +135,11 @@ def tear(root):
     (root / "p17.jpg").write_bytes(data[: len(data) * 2 // 3])
 
 
+def tear_and_close(root):
+    tear(root)
+    (root / "p17.jpg").write_bytes((root / "p17.jpg").read_bytes() + b"\xff\xd9")
+
+
 def empty(root):
     (root / "p17.jpg").write_bytes(b"")
 
@@ -201,6 +206,7 @@ def narrow(root):
 DAMAGES = [
     (lose, "missing", "problem", ("labels.csv line 19: p17.jpg: no such file", "copy them again", "--partial")),
     (tear, "unreadable", "problem", ("labels.csv line 19: p17.jpg: cannot be decoded", "truncated", "--on-error skip")),
+    (tear_and_close, "unreadable", "problem", ("p17.jpg: cannot be decoded", "fetch the file again")),
     (empty, "unreadable", "problem", ("p17.jpg: cannot be decoded (the file is empty)",)),
     (web_page, "unreadable", "problem", ("p17.jpg: cannot be decoded (text, no picture)",)),
     (other_case, "case", "warning", ("labels.csv line 19: p17.jpg: the file is P17.JPG",)),

@@ -1,12 +1,16 @@
 """The command line as a whole: help with an example per command, errors with the nearest word, exit codes, no wait
 for torch."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
+from conftest import picture
 
 from smart_iqa.cli import COMMANDS, DATA, parse_parameters, read_words
+from smart_iqa.files import cache_dir
 
 EVERY = [[name] for name in COMMANDS] + [["data"]] + [["data", name] for name in DATA]
 SLOW = "{'torch', 'numpy', 'pandas', 'scipy', 'matplotlib', 'papermill'}"
@@ -105,3 +109,77 @@ def test_version_names_package_model_and_citation(run):
     code, out, _ = run("--version")
     assert code == 0 and f"smart-iqa {__version__}" in out
     assert create_scorer(device="cpu").id in out and "scored with" in out
+
+
+@pytest.mark.parametrize("module", ["smart_iqa", "smart_iqa.cli"])
+def test_python_m(module):
+    done = subprocess.run([sys.executable, "-m", module, "run", "trane"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "smart-iqa: unknown experiment 'trane'; did you mean train?\n")
+
+
+HOMELESS = """
+import os, pathlib, sys
+os.environ.pop("SMART_IQA_CACHE", None)
+if sys.argv[1] == "no entry":
+    del os.environ["HOME"]
+    def nobody(*args):
+        raise KeyError("no such user")
+    import pwd
+    pwd.getpwuid = pwd.getpwnam = nobody
+else:
+    os.environ["HOME"] = sys.argv[1]
+from smart_iqa.cli import main
+from smart_iqa.files import cache_dir
+print("cache", cache_dir())
+def code(*words):
+    try:
+        return main([*words])
+    except SystemExit as e:
+        return e.code
+photo, folder = sys.argv[2:]
+print("codes", [code("--version"), code("--help"), code("data", "list"), code("data", "info", "koniq-10k"),
+                code("score", photo, "--out", folder + "/s.csv", "--html", folder + "/s.html"),
+                code("best", photo, "--scores", folder + "/s.csv", "--out", folder + "/b.csv"),
+                code("runs", "--out", folder)])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a Windows user has a profile")
+@pytest.mark.parametrize("home", ["no entry", "gone/home", "/dev/null"])
+def test_no_home_is_needed(home, tmp_path):
+    """A user without an entry, a home that is not there, and one that cannot be written."""
+    picture(0).save(tmp_path / "a.png")
+    words = [sys.executable, "-c", HOMELESS, home, str(tmp_path / "a.png"), str(tmp_path)]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert "codes [0, 0, 0, 0, 0, 0, 0]" in done.stdout, done.stderr
+    assert f"cache {tmp_path}/smart_iqa-{os.getuid()}\n" in done.stdout
+
+
+def test_a_temporary_cache_of_somebody_else_is_not_used(tmp_path, monkeypatch):
+    """Whoever may write among the temporary files could else hand over files of his own."""
+    monkeypatch.delenv("SMART_IQA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="SMART_IQA_CACHE"):
+        cache_dir()
+
+
+def test_tables_of_a_check_replace_neither_each_other_nor_the_labels(run, standin):
+    for words in (("--pairs", "x.csv", "--findings", "./x.csv"), ("--findings", str(standin / "labels.csv"))):
+        code, _, err = run("data", "check", "csv", standin, "--labels", standin / "labels.csv", *words, "--quiet")
+        assert code == 1
+        assert "give" in err
+        assert "image" in (standin / "labels.csv").read_text()[:10]
+
+
+def test_runs_that_failed_before_they_had_a_configuration(run, tmp_path):
+    """As while images were read."""
+    (tmp_path / "runs" / "early-1").mkdir(parents=True)
+    failure = {"kind": "DataError", "reason": "3 files cannot be read", "notebook": "train"}
+    (tmp_path / "runs" / "early-1" / "failure.json").write_text(json.dumps(failure))
+    code, out, _ = run("runs", "--out", tmp_path)
+    assert code == 0
+    assert "early-1" in out
+    assert "failed" in out

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SPLITS, picture, prepare, small_config, write_set
-from PIL import Image
+from PIL import Image, features
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import ConstantInputWarning
@@ -26,7 +26,7 @@ from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache, grid_plan, random_plan
 from smart_iqa.data import load_set
 from smart_iqa.files import read_lines
-from smart_iqa.images import ImageError, load_image, resize
+from smart_iqa.images import ImageError, load_image, load_reduced, resize, to_rgb
 from smart_iqa.lab.runs import open_run
 from smart_iqa.metrics import evaluate
 from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_checkpoint
@@ -191,6 +191,7 @@ def _truncated_jpeg():
 
 BROKEN = {
     "truncated JPEG": (_truncated_jpeg, "cannot be decoded"),
+    "closed JPEG": (lambda: _truncated_jpeg() + b"\xff\xd9", "cannot be decoded"),
     "text": (lambda: b"<html>404 Not Found</html>", "cannot be decoded"),
     "empty file": (lambda: b"", "cannot be decoded"),
     "header alone": (lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "cannot be decoded"),
@@ -210,6 +211,117 @@ def test_broken_picture_is_refused(what, tmp_path):
     _break(tmp_path / "x.jpg", what)
     with pytest.raises(ImageError, match=f"x.jpg: {BROKEN[what][1]}"):
         load_image(tmp_path / "x.jpg")
+
+
+def _encoded(kind="JPEG", img=None, **options) -> bytes:
+    (img or picture(0, 300, 300, 20)).save(out := io.BytesIO(), kind, **options)
+    return out.getvalue()
+
+
+JPEGS = {
+    "baseline": {},
+    "progressive": dict(progressive=True),
+    "optimised": dict(optimize=True),
+    "restarts": dict(restart_marker_rows=1),
+    "best": dict(quality=100, subsampling=0),
+    "grey": dict(img=picture(0, 300, 300, 20).convert("L"), progressive=True),
+    "inks": dict(img=picture(0, 300, 300, 20).convert("CMYK")),
+}
+HARM = {
+    "closed": lambda data, k: data[:k] + b"\xff\xd9",
+    "zeros": lambda data, k: data[:k] + bytes(len(data) - k),
+    "closed zeros": lambda data, k: data[:k] + bytes(len(data) - k - 2) + b"\xff\xd9",
+    "hole": lambda data, k: data[:k] + bytes(4096) + data[k + 4096 :],
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_that_is_not_whole_is_refused(kind, harm, tmp_path):
+    """libjpeg fills in what is missing, and Pillow drops its warning: two thirds of the pixels could be invented."""
+    data = _encoded(**JPEGS[kind])
+    for share in (0.4, 0.7):
+        (tmp_path / "x.jpg").write_bytes(HARM[harm](data, int(share * len(data))))
+        for short in (None, 60):
+            with pytest.raises(ImageError, match=r"x.jpg: cannot be decoded \(its data are truncated or damaged"):
+                load_reduced(tmp_path / "x.jpg", short)
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_whole_jpeg_is_decoded_as_pillow_does(kind, tmp_path):
+    """What lies behind the end is no damage: a phone's film, an archive, zeros; nor is a missing end marker."""
+    data, path = _encoded(**JPEGS[kind]), tmp_path / "x.jpg"
+    for after in (b"", b"PK\3\4" * 100, bytes(5000), data, b"\xff\xd8\xff"):
+        path.write_bytes(data + after)
+        for short in (None, 140, 60):
+            opened = Image.open(path)
+            if short:
+                opened.draft(None, (short, short))
+            ours = load_reduced(path, short)[0]
+            if opened.mode != "CMYK":
+                assert np.array_equal(np.asarray(ours), np.asarray(opened.convert("RGB")))
+            assert ours.size == opened.size
+    if kind != "inks":  # which Pillow decodes itself
+        path.write_bytes(data[:-2])
+        assert load_image(path).size == (300, 300)
+    path.write_bytes(data[:-2] + b"\0" * 3 + data[-2:])  # as some cameras do
+    assert load_image(path).size == (300, 300)
+
+
+ZEROS = b"Exif\0\0MM\0*\0\0\0\x08" + bytes(6000)  # an EXIF block without tags
+
+
+@pytest.mark.parametrize("harm", ["zeros", "hole"])
+@pytest.mark.parametrize("kind, exif", [("WEBP", b""), ("WEBP", ZEROS), ("AVIF", b""), ("AVIF", ZEROS)])
+def test_a_hole_in_a_webp_or_avif_is_refused(kind, exif, harm, tmp_path):
+    """Their coders take zeros for a picture. Zeros in EXIF are none of its pixels."""
+    if not features.check(kind.lower()):
+        pytest.skip(f"this Pillow writes no {kind}")
+    data = _encoded(kind, quality=95, exif=exif)
+    (tmp_path / "x").write_bytes(data)
+    assert load_image(tmp_path / "x").size == (300, 300)
+    at = len(_encoded(kind, quality=95)) // 2
+    (tmp_path / "x").write_bytes(HARM[harm](data, at))
+    with pytest.raises(ImageError, match="a hole of zeros"):
+        load_image(tmp_path / "x")
+
+
+def test_a_damaged_png_is_refused(tmp_path):
+    """Asking for EXIF made Pillow decode and fail unseen; asked again, it gave what it had."""
+    data = _encoded("PNG")
+    for harm in ("zeros", "hole"):
+        (tmp_path / "x.png").write_bytes(HARM[harm](data, len(data) // 2))
+        with pytest.raises(ImageError, match="truncated or damaged"):
+            load_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind, harm, said", [
+    ("PNG", lambda d: d.replace(b"\r\n", b"\n", 1).replace(b"\0", b""), "damaged, or no picture"),
+    ("AVIF", lambda d: d[: len(d) // 2], "truncated or damaged"),
+    ("TIFF", lambda d: HARM["hole"](d, len(d) // 3), "truncated or damaged"),
+])
+def test_damage_is_named(kind, harm, said, tmp_path, capfd):
+    """Not "text" or "a video"; and a library of C does not write past the program."""
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    data = _encoded(kind, **(dict(compression="tiff_lzw") if kind == "TIFF" else {}))
+    (tmp_path / "x").write_bytes(harm(data))
+    with pytest.raises(ImageError, match=said):
+        load_image(tmp_path / "x")
+    assert capfd.readouterr().err == ""
+
+
+def test_integers_of_32_bits_have_no_white(tmp_path):
+    """Taken for 16 bits they were 28 points off; a PGM says what its white is."""
+    ramp = np.linspace(0, 4095, 256).round().reshape(4, 64)
+    for kind in (np.int32, np.float32):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / "x.tif")
+        with pytest.raises(ImageError, match="nothing says which is white"):
+            load_image(tmp_path / "x.tif")
+    with pytest.raises(ImageError, match="nothing says which is white"):
+        to_rgb(Image.fromarray(ramp.astype(np.int32)))
+    (tmp_path / "x.pgm").write_bytes(b"P5 64 4 4095 " + ramp.astype(">u2").tobytes())
+    assert np.abs(pixels(tmp_path / "x.pgm")[..., 0] - ramp * 255 / 4095).max() <= 1
 
 
 def test_missing_picture_is_refused(tmp_path):

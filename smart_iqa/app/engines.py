@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .scoring import Calibration, PictureScorer, Policy, calibrate, layout
+from .scoring import Calibration, PictureScorer, Policy, calibrate, crops_made, layout
 from ..files import CheckpointError, usable_cores
 from ..images import ImageError
 
@@ -52,6 +52,8 @@ def choose_rules(
     if crops is not None:
         policy = replace(policy, crops=crops)
         calibration = next((c for p, c in known if p == policy), None)
+        if told := crops_made(policy):
+            warnings.warn(told, stacklevel=4)
         if calibration is None and known[0][1] is not None:
             warnings.warn(f"{name} was not calibrated with {crops} crops: scores come without intervals (NaN)",
                           stacklevel=4)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import pandas as pd  # takes some tenths of a second: a function that makes a table imports it
 
 # %% auto #0
-__all__ = ['MAX_COLUMNS', 'ROOM', 'STAGES', 'as_image', 'as_list', 'Policy', 'layout', 'cut', 'Calibration', 'calibrate',
-           'coverage_table', 'Preference', 'Score', 'ModelRules', 'PictureScorer', 'preference_of', 'compare_scores',
-           'compare', 'in_colour', 'QualityMap', 'quality_map', 'in_words', 'quality_figure']
+__all__ = ['MAX_COLUMNS', 'ROOM', 'STAGES', 'as_image', 'as_list', 'Policy', 'layout', 'crops_made', 'cut', 'Calibration',
+           'calibrate', 'coverage_table', 'Preference', 'Score', 'ModelRules', 'PictureScorer', 'preference_of',
+           'compare_scores', 'compare', 'in_colour', 'QualityMap', 'quality_map', 'in_words', 'quality_figure']
 
 # %% ../../nbs/app/scoring.ipynb #409f87ef
 def _array_to_image(a: np.ndarray) -> Image.Image:
@@ -92,7 +92,7 @@ def _open_picture(
                          "give a path, a PIL image, an array or a tensor")
     try:
         img = to_rgb(picture)
-    except OSError as e:  # opened, but its pixels are only read now
+    except ImageError as e:
         raise ImageError(f"{getattr(picture, 'filename', '') or 'a picture'}: cannot be decoded ({e})") from None
     return img, img.size
 
@@ -144,6 +144,22 @@ def layout(
         return starts.round().astype(int)
 
     return (w, h), along(h, rows), along(w, columns)
+
+# %% ../../nbs/app/scoring.ipynb #crops002
+def crops_made(
+    policy: Policy,
+) -> str:  # empty where they are as many as the policy names
+    "Say how many crops a photograph of 3:2 gets where that is another number, and which numbers near it are exact."
+    def made(n):
+        _, tops, lefts = layout(1500, 1000, replace(policy, crops=n))
+        return len(tops) * len(lefts)
+
+    n = policy.crops
+    if made(n) == n:
+        return ""
+    exact = [k for k in range(1, n + 100) if made(k) == k]
+    near = [*[k for k in exact if k < n][-1:], *[k for k in exact if k > n][:1]]
+    return f"{n} crops: a photograph of 3:2 gets {made(n)}; it gets {' or '.join(map(str, near))} where asked for that"
 
 # %% ../../nbs/app/scoring.ipynb #cutcrops
 def cut(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_LOCK', 'KERNEL_LOCK', 'LOCKS', 'LOG', 'is_finished', 'check_unfinished', 'Busy', 'hold', 'hold_here', 'release',
            'hold_by_hand', 'is_held', 'run_folder', 'open_run', 'config_of', 'current_record', 'read_run', 'run_digest',
-           'time_left', 'run_state', 'list_runs', 'compare_runs', 'publish_run', 'RunError', 'planned_folder',
-           'execute', 'train_together']
+           'time_left', 'run_state', 'run_folders', 'list_runs', 'compare_runs', 'publish_run', 'RunError',
+           'planned_folder', 'execute', 'train_together']
 
 # %% ../../nbs/lab/runs.ipynb #d727eab7
 import hashlib
@@ -300,6 +300,14 @@ def _logged(folder: Path) -> dict:
         row |= {f"{split}_{k}": metrics.get(k) for k in ("n", "srcc", "plcc", "rmse")}
     return row
 
+# %% ../../nbs/lab/runs.ipynb #runfoldr
+def run_folders(
+    out: str | Path = "outputs",  # folder of all batches
+) -> list[Path]:                  # in the order of batch and run
+    "Find all run folders, also of runs that failed before they had written their configuration: reading images."
+    names = ("config.json", "failure.json")
+    return sorted({path.parent for name in names for path in Path(out).expanduser().glob(f"*/*/{name}")})
+
 # %% ../../nbs/lab/runs.ipynb #f909ec0c
 def list_runs(
     out: str | Path = "outputs",
@@ -307,8 +315,7 @@ def list_runs(
     every: bool = False,       # all columns, also the parameters; False: those of LOG
 ) -> pd.DataFrame:             # a row per run folder, in the order of batch and run
     "List all runs below a folder. ValueError with the names of all columns where the query does not fit."
-    configs = sorted(Path(out).expanduser().glob("*/*/config.json"))
-    frame = pd.DataFrame([_logged(path.parent) for path in configs])
+    frame = pd.DataFrame([_logged(folder) for folder in run_folders(out)])
     if where and len(frame):
         try:
             frame = frame.query(where)
