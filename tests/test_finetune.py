@@ -108,6 +108,29 @@ def test_finetune_bad_input(mine, tmp_path, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_finetune_on_few_pictures(mine, start, tmp_path, capsys, no_kernels):
+    """The message says which fractions would do, and they do; a header of no known column and rows that do not fit are
+    told before anything is computed."""
+    rows = (mine / "my.csv").read_text().splitlines()
+    words = ["few.csv" if w.endswith("my.csv") else w for w in finetune_words(mine, start, tmp_path / "out")]
+    words = [w for w in words if not w.startswith(("cal_fraction", "epochs"))] + ["epochs=1"]
+    few = tmp_path / "few.csv"
+    words[1] = str(few)
+    for text, told in (
+        (rows[:6], "5 images of 5 scenes are too few: add images"),
+        (rows[:13], "val_fraction=0.2, cal_fraction=0.25 would do for these 12 images"),
+        ([r + ",x" * (k == 7) for k, r in enumerate(rows)], "row 7 (line 8) has 3 fields and the header 2"),
+        ([r.replace("image", "photo") for r in rows], "image_column"),
+        ([r.replace("image", "mos") for r in rows], "two columns have the name 'mos'"),
+    ):
+        few.write_text("\n".join(text))
+        assert main(words) == 1
+        assert told in capsys.readouterr().err
+    few.write_text("\n".join(rows[:13]))
+    assert main([*words, "val_fraction=0.2", "cal_fraction=0.25"]) == 0
+    assert "on 2 test pictures" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def taught(mine, tmp_path_factory, no_kernels):
     """A teacher, two arms of one seed that use it or not, an evaluation of one of them, and its package."""

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from .scoring import Calibration, PictureScorer, Policy, calibrate, crops_made, layout
-from ..files import CheckpointError, usable_cores
+from ..files import CheckpointError, read_separated, usable_cores
 from ..images import MAX_PIXELS, ImageError
 
 # %% ../../nbs/app/engines.ipynb #rules001
@@ -250,9 +250,7 @@ def _about_run(folder: Path) -> dict:
     policy = {k: config[k] for k in ("size", "fit", "crop")} | dict(crops=config["test_crops"])
     about = dict(policy=policy, info=dict(name=folder.name, trained_on=config["dataset"]))
     if (folder / "predictions.csv").exists():
-        import pandas as pd
-
-        p = pd.read_csv(folder / "predictions.csv")
+        p = read_separated(folder / "predictions.csv")
         if (p.split == "cal").any():
             about["calibration"] = asdict(calibrate(p[p.split == "val"], p[p.split == "cal"]))
     return about
