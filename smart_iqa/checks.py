@@ -25,23 +25,24 @@ import pandas as pd
 from PIL import Image
 
 from .config import Config
-from .duplicates import NO_SIGNATURE, group_pairs, signature
+from .crops import leave_out
+from .duplicates import NO_SIGNATURE, signature
 from .files import track
-from .data import load_set, read_set
-from smart_iqa.splits import (
-    ImageSet, assign_splits, check_splits, duplicate_pairs, name_pairs, random_splits, read_split, save_split,
-)
-from .images import load_image
+from .data import limit_set, load_set, read_set, split_set
+from .splits import ImageSet, duplicate_pairs, name_pairs, random_splits, save_split, stops_at_leaks
+from .images import load_image, safe_size
 from .sets import DataError, find_set, read_labels
 
 # %% ../nbs/checks.ipynb #33fabaf5
 def look(
     path: str | Path,
+    size: int = 384, fit: str = "short",  # at which it is to be used, as of `resized_size`
 ) -> tuple[dict, tuple]:  # facts of the file, signature for `find_near_duplicates`
     "Read what one pass over a picture file tells; `error` is the reason why it cannot be used, else empty."
     facts = dict(bytes=0, digest="", format="", mode="", width=0, height=0, turned=False, error="")
     try:
         img = load_image(path)
+        safe_size(img.width, img.height, size, fit)
         facts |= dict(bytes=os.path.getsize(path), width=img.width, height=img.height)
         with open(path, "rb") as file:
             facts["digest"] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
@@ -58,12 +59,14 @@ def look_at_all(
     images: ImageSet,
     threads: int | None = None,  # None: as many as there are cores, at most 8
     progress: bool = False,
+    size: int = 384, fit: str = "short",  # as of `look`
 ) -> tuple[pd.DataFrame, list]:  # the set's table with the facts of each file, and the signatures
     "Read and decode every file of a set once."
     paths = [images.path(i) for i in images.table.image]
     with warnings.catch_warnings(), ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        looks = list(track(pool.map(look, paths), len(paths), f"reading {images.name}", progress))
+        looks = pool.map(lambda path: look(path, size, fit), paths)
+        looks = list(track(looks, len(paths), f"reading {images.name}", progress))
     columns = ["bytes", "digest", "format", "mode", "width", "height", "turned", "error"]
     facts = pd.DataFrame([f for f, _ in looks], columns=columns)
     return pd.concat([images.table, facts], axis=1), [s for _, s in looks]
@@ -144,8 +147,8 @@ KINDS = {  # kind of finding -> what it is, how to fix it
               "is it the right one? --score-range says another for a set of your own"),
     "rounding": ("labels with more decimals than the others",
                  "compare with a fresh copy of the label file: edited by hand?"),
-    "case": ("names that differ from their files in upper and lower case",
-             "it works here; other programs on Linux will not find these files"),
+    "case": ("names that are not spelled as their files (case, blanks, accents, back slashes)",
+             "it works here; other programs will not find these files"),
     "extra": ("pictures without a label",
               "nothing uses them (so LIVE's copies of references); were label rows lost?"),
     "more": ("more pictures than were published", "is it another edition of the set, or were two copies mixed?"),
@@ -270,13 +273,13 @@ def _kind_of(reason: str) -> str:
     "Tell the kind of a row that `read_set` has skipped."
     if "named twice" in reason or "under another name" in reason:
         return "twice"
-    return "label" if ": label" in reason else "missing"
+    return "label" if re.match(r"row \d+: ", reason) else "missing"
 
 
 def _check_names(report: Report, images: ImageSet, cfg: Config, partial: bool):
     "Find rows that cannot be used, files that cannot be decoded, and names in the wrong case."
     bad, skipped = report.files[report.files.error != ""], images.skipped
-    case = [(n, f) for n, f in images.renamed.items() if n != f and n.lower() == f.lower()]
+    case = [(n, f) for n, f in images.renamed.items() if PurePosixPath(n).name != PurePosixPath(f).name]
     in_labels = {file: label for label, file in images.renamed.items()}  # a file's name as the labels have it
     wanted = [*skipped.image, *(in_labels.get(i, i) for i in bad.image), *(n for n, _ in case)]
     where = find_lines(wanted, _label_files(cfg))
@@ -299,7 +302,7 @@ def _check_extra(report: Report, images: ImageSet, cfg: Config, partial: bool):
     known = {*images.table.image, *images.skipped.image, *images.renamed, *images.renamed.values()}
     references = {PurePosixPath(str(r)).stem.lower() for r in images.table.ref}
     extra = []
-    for folder in sorted({str(PurePosixPath(i).parent) for i in known}):
+    for folder in sorted({str(PurePosixPath(i).parent) for i in {*images.table.image, *images.renamed.values()}}):
         for name in sorted(os.listdir(images.root / folder)) if (images.root / folder).is_dir() else ():
             image, file = name if folder == "." else f"{folder}/{name}", Path(name)
             is_reference = file.stem.lower() in references
@@ -372,8 +375,9 @@ def default_split(
     cfg: Config,
 ) -> Config:
     "Replace split='official' by split='random' where the labels have no split of their own."
-    if cfg.split == "official" and read_set(replace(cfg, on_error="skip")).table.split.isna().all():
-        return replace(cfg, split="random")
+    with suppress(DataError):  # whoever reads the set for use will say so
+        if cfg.split == "official" and read_set(replace(cfg, on_error="skip")).table.split.isna().all():
+            return replace(cfg, split="random")
     return cfg
 
 
@@ -394,28 +398,21 @@ def _split_sizes(splits: pd.Series, published: dict[str, int]) -> str:
 
 # %% ../nbs/checks.ipynb #split002
 def _check_split(report: Report, images: ImageSet, cfg: Config, partial: bool, pairs: pd.DataFrame):
-    "Check whether a split can be used; afterwards the set's table has the split that was asked for."
-    t = images.table
-    if t.empty:
-        return
-    if cfg.split in ("random", "none"):
-        t["split"] = None
-        report.facts["split"] = f"{cfg.split}, nothing to check"
-        return
-    if t.split.isna().all() and not cfg.split.endswith(".csv"):
-        t["split"] = None
-        report.facts["split"] = "none in the labels; smart-iqa data split writes random ones"
-        return
+    "Split as `load_set` and `build_cache` do; afterwards the set's table has the split that was asked for."
+    t, used = images.table, replace(images, table=images.table.copy())
+    published = _published_splits(cfg.dataset) if cfg.split == "official" else {}
     try:
-        if cfg.split.endswith(".csv"):
-            t["split"] = read_split(cfg.split, t.image)
-        published = _published_splits(cfg.dataset) if cfg.split == "official" else {}
-        report.facts["split"] = _split_sizes(t.split, published)
-        splits = assign_splits(t, replace(cfg, split="official"), group_pairs(t.ref, pairs))
+        split_set(used, cfg, pairs if cfg.group_duplicates else None)
     except DataError as e:
-        return report.add("split", [("", "", str(e))])
+        report.facts["split"] = _split_sizes(t.split, published) or "none"
+        return report.add("set" if t.empty else "split", [("", "", str(e))])
+    if cfg.split != "official":
+        t["split"] = used.table.split
+    report.facts["split"] = f"{cfg.split}: " * (cfg.split in ("random", "none")) + _split_sizes(t.split, published)
+    bad = report.files[report.files.error != ""]
     try:
-        check_splits(replace(images, table=t.assign(split=splits)))
+        limit_set(used, cfg)
+        leave_out(used, bad[["image"]].assign(reason=bad.error))
     except DataError as e:
         report.add("split", [("", "", str(e))], "warning" if partial else "problem")
 
@@ -452,13 +449,13 @@ def _check_copies(report: Report):
 # %% ../nbs/checks.ipynb #leaks002
 def _check_duplicates(report: Report, images: ImageSet, cfg: Config, partial: bool):
     "Check copies, near-duplicates and references, within and across the splits."
-    t, p, own = images.table, report.pairs, cfg.split.endswith(".csv") or cfg.dataset == "csv"
+    t, p = images.table, report.pairs
     report.facts["pairs"] = f"{len(p):,} near-duplicates"
     if len(p) and p.split_a.notna().all():
         report.facts["pairs"] += f": {_counted(p.split_a + '-' + p.split_b)}"
     if (p.bits == 0).any():
         report.facts["pairs"] += f"; {int((p.bits == 0).sum()):,} with equal hashes (saved again or resized)"
-    _across(report, images, "problem" if cfg.leaks == "error" or (cfg.leaks == "auto" and own) else "warning")
+    _across(report, images, "problem" if stops_at_leaks(cfg) else "warning")
     shared = t.ref != t.image
     if n := t.ref[shared].nunique():
         report.facts["scenes"] = f"{n:,} references for {int(shared.sum()):,} pictures"
@@ -479,7 +476,7 @@ def check_set(
         report.add("set", [("", "", str(e))])
         return report
     started = time.time()
-    report.files, signatures = look_at_all(images, threads, progress)
+    report.files, signatures = look_at_all(images, threads, progress, cfg.size, cfg.fit)
     report.seconds = time.time() - started
     pairs = duplicate_pairs(images, cfg, signatures=signatures)
     for check in (_check_counts, _check_names, _check_extra, _check_labels, _check_pixels):

@@ -86,7 +86,8 @@ def say(text: str):
 
 def note(text: str):
     "Print a line about the work to stderr."
-    print(f"smart-iqa: {text}", file=sys.stderr)
+    if sys.stderr:  # None where it is closed; print would write to stdout
+        print(f"smart-iqa: {text}", file=sys.stderr)
 
 
 OUT = option(Text, "folder of all batches", "DIR")
@@ -159,7 +160,7 @@ def _pictures(args: Scoring, passed: dict) -> list:
     names = [n for p in args.paths for n in (split_names(sys.stdin.buffer.read()) if p == "-" else [p])]
     return find_pictures(names, args.recursive, passed)
 
-
+# %% ../nbs/cli.ipynb #outputs1
 def _identity(path: str):
     "Return what two spellings of one file have in common."
     try:
@@ -185,7 +186,7 @@ def check_outputs(
         if option := there.get(_identity(path)):
             raise ValueError(f"{option} {outputs[option]}: would replace {path}, which is read; give another file")
 
-
+# %% ../nbs/cli.ipynb #summary1
 def _summary(frame, failed: list[str], seconds: float, model: str) -> str:
     "Say how many pictures were scored, their mean, the failures and the speed."
     scored, kept = frame[frame.error == ""], frame.attrs["kept"]
@@ -251,8 +252,9 @@ def with_pictures(
                 check_outputs(args.outputs(), [*(p.path for p in pictures), args.model])
             code = 2
             if any(not p.error for p in pictures):
-                for path in (args.html, args.out) if isinstance(args, Best) else (args.html,):
-                    held.enter_context(sole_writer(path))  # tables of scores are locked where they are written
+                for option_name, path in args.outputs().items():
+                    if option_name != "--heatmap" and path != table:  # which is locked where it is written
+                        held.enter_context(sole_writer(path))
                 code = work(args, model.result(), pictures)
             else:
                 for p in pictures:
@@ -705,10 +707,11 @@ class DataCheck(OnDisk):
     threads: option(Count | None, "pictures at a time", "N", "one per core, at most 8") = None
 
     def __call__(self) -> int:
-        from smart_iqa.checks import check_set
+        from smart_iqa.checks import check_set, default_split
 
         check_outputs({"--pairs": self.pairs, "--findings": self.findings}, filter(None, [self.labels]))
-        report = check_set(self.config(split=self.split), self.partial, self.threads, not self.quiet)
+        cfg = self.config(split=self.split)
+        report = check_set(cfg if self.split else default_split(cfg), self.partial, self.threads, not self.quiet)
         say(str(report))
         _write_table(report.pairs, self.pairs)
         _write_table(report.findings, self.findings)

@@ -56,8 +56,8 @@ def _bad_labels(t: pd.DataFrame, label: pd.Series, row: np.ndarray, low: np.ndar
     "List (image, reason) for labels and deviations that cannot be, and for rows with no image or one named before."
     problems = [("", f"row {row[i]}: names no image") for i in np.flatnonzero(t.image == "")]
     for i in np.flatnonzero((t["std"] < 0) | np.isinf(t["std"])):
-        kind = "negative" if t["std"][i] < 0 else "infinite"
-        problems.append((t.image[i], f"row {row[i]}: label with a {kind} standard deviation"))
+        kind = "a negative" if t["std"][i] < 0 else "an infinite"
+        problems.append((t.image[i], f"row {row[i]}: label with {kind} standard deviation"))
     for i in np.flatnonzero(~np.isfinite(t.mos)):
         problems.append((t.image[i], f"row {row[i]}: label {label[i]!r} is not a number"))
     for i in np.flatnonzero(np.isfinite(t.mos) & ((t.mos < low - 1e-6) | (t.mos > high + 1e-6))):

@@ -297,7 +297,8 @@ def track(
     "Yield the items one by one and report progress: as a bar, or once per second in the launcher's file."
     path, last, started = os.environ.get(PROGRESS), -math.inf, time.monotonic()  # the time of day may jump
     if not path:
-        yield from tqdm(items, total=total, desc=label, initial=initial, disable=not show, leave=False, mininterval=1)
+        yield from tqdm(items, total=total, desc=label, initial=initial, disable=not show or sys.stderr is None,
+                        leave=False, mininterval=1)
         return
     for done, item in enumerate(items, initial):
         if time.monotonic() - last > 1:

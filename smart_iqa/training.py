@@ -27,6 +27,7 @@ from .files import append_line, move, one_ahead, read_lines, replacing, track, w
 from .losses import get_loss
 from .metrics import evaluate
 from .model import build_model, load_checkpoint, save_checkpoint
+from .sets import read_labels, to_numbers
 
 # %% ../nbs/13_training.ipynb #98d5a591
 def learning_rates(
@@ -90,12 +91,18 @@ def targets(
     table: pd.DataFrame,
     cfg: Config,       # teacher (a CSV file with image and pred), teacher_weight (0-1)
 ) -> np.ndarray:       # (N,) float32, 0-100
-    "Compute the score that each image is taught. ValueError names an image that the teacher lacks."
+    "Compute the score that each image is taught. ValueError names an image that the teacher lacks or has twice."
     score = table.score.to_numpy(np.float32)
     if cfg.teacher is None:
         return score
-    teacher = pd.read_csv(cfg.teacher, dtype={"image": str}).drop_duplicates("image").set_index("image")
-    pred = teacher.pred.reindex(table.image).to_numpy(np.float32)
+    teacher = read_labels(cfg.teacher)
+    if lacking := [c for c in ("image", "pred") if c not in teacher]:
+        raise ValueError(f"teacher={cfg.teacher}: has no column {lacking[0]}; it has {', '.join(teacher.columns)}")
+    teacher = teacher.assign(pred=to_numbers(teacher.pred)).drop_duplicates(["image", "pred"])
+    if len(twice := teacher[teacher.image.duplicated()]):
+        row, image = twice.index[0] + 1, twice.image.iloc[0]
+        raise ValueError(f"teacher={cfg.teacher}: row {row}: another prediction for {image}")
+    pred = teacher.set_index("image").pred.reindex(table.image).to_numpy(np.float32)
     train = (table.split == "train").to_numpy()
     missing = train & ~np.isfinite(pred)
     if missing.any():

@@ -21,10 +21,11 @@ from smart_iqa import checks
 from smart_iqa.checks import MAX_LINES, check_set, find_lines, look
 from smart_iqa.cli import main
 from smart_iqa.config import make_config
+from smart_iqa.crops import build_cache
 from smart_iqa.data import load_set
 from smart_iqa.duplicates import signature
 from smart_iqa.images import load_image
-from smart_iqa.sets import FACTS
+from smart_iqa.sets import FACTS, DataError
 from smart_iqa.splits import read_split
 
 N = dict(train=26, val=6, test=8)
@@ -302,6 +303,136 @@ def test_turned_by_exif(root):
     report = check_set(config(root))
     row = report.files.set_index("image").loc["p05.jpg"]
     assert row.turned and (row.width, row.height) == (80, 112) and "1 turned by EXIF" in str(report)
+
+
+# ---- what training refuses, a check reports
+
+
+def table(change):
+    """Replace the labels by what a function makes of them."""
+    return lambda root: change(labels_of(root)).to_csv(root / "labels.csv", index=False)
+
+
+def text(change):
+    """Replace the text of the labels."""
+    return lambda root: (root / "labels.csv").write_text(change((root / "labels.csv").read_text()))
+
+
+def strip(root):
+    Image.new("RGB", (100000, 1)).save(root / "p17.jpg", "PNG")
+
+
+def lose_all(root):
+    for p in root.glob("*.jpg"):
+        p.unlink()
+
+
+def tear_validation(root):
+    for k in range(26, 32):
+        (root / f"p{k}.jpg").write_bytes(b"torn")
+
+
+def split_file(change):
+    """Write the split as a file, changed."""
+    return lambda root: change(labels_of(root)[["image", "split"]]).to_csv(root / "split.csv", index=False)
+
+
+REFUSED = {  # what is done, the configuration, what both say
+    "no separator": (text(lambda t: t.replace(",", " ")), {}, "separate fields by commas"),
+    "a field too many": (text(lambda t: t.replace("p17.jpg,", "p17,jpg,")), {}, r"row 18 \(line 19\) has 4 fields"),
+    "a field too few": (text(lambda t: t.replace("p17.jpg,", "")), {}, r"row 18 \(line 19\) has 2 fields"),
+    "a doubled column": (text(lambda t: t.replace("split", "mos", 1)), {}, "two columns have the name 'mos'"),
+    "no rows": (text(lambda t: t.splitlines()[0]), {}, "has no rows"),
+    "empty": (text(lambda t: ""), {}, "it is empty"),
+    "no range": (text(str), dict(score_range="5"), "score_range="),
+    "another column": (text(str), dict(score_column="beauty"), "has no column 'beauty'"),
+    "nothing included": (text(str), dict(include="q*"), "matches none of 40"),
+    "a negative deviation": (
+        table(lambda t: t.assign(std=[-0.5, *[0.5] * 39])), {}, "label with a negative standard deviation",
+    ),
+    "a deviation in words": (table(lambda t: t.assign(std="some")), {}, "row 1: std 'some' is not a number"),
+    "an infinite deviation": (
+        table(lambda t: t.assign(std=["inf", *[0.5] * 39])), {}, "label with an infinite standard deviation",
+    ),
+    "no name": (table(lambda t: t.assign(image=["", *t.image[1:]])), {}, "names no image"),
+    "no file": (lose, {}, "no such file"),
+    "no files": (lose_all, {}, "no such file"),
+    "no files, skipped": (lose_all, dict(on_error="skip"), "no image is left"),
+    "torn": (tear, {}, "truncated"),
+    "a strip": (strip, {}, "a strip of 100000 x 1 pixels"),
+    "a strip in a folder of squares": (strip, dict(size=512, crop=512), "would become 51200000 x 512"),
+    "torn validation, skipped": (tear_validation, dict(on_error="skip"), "the val split has 0 images and needs 2"),
+    "no label": (table(lambda t: t.assign(mos="-", )), dict(on_error="skip"), "no image is left"),
+    "outside": (table(lambda t: t.assign(mos=[7, *t.mos[1:]])), {}, "label 7 is outside the declared 1 to 5"),
+    "twice": (table(lambda t: t.assign(image=["p01.jpg", *t.image[1:]])), {}, "named twice in the labels, first in"),
+    "twice in other words": (
+        table(lambda t: t.assign(image=["./p01.jpg", *t.image[1:]])), {}, "is p01.jpg under another name",
+    ),
+    "out of the folder": (table(lambda t: t.assign(image=["../p00.jpg", *t.image[1:]])), {}, "is not below"),
+    "no split": (table(lambda t: t.drop(columns="split")), {}, "40 of 40 images have no official split"),
+    "half a split": (half_a_split, {}, "2 of 40 images have no official split"),
+    "another split": (typo_in_split, {}, "'trian' of p00.jpg is not train, val, cal or test"),
+    "no test": (no_test, {}, "the test split has 0 images and needs 2"),
+    "no calibration": (
+        table(lambda t: t.assign(split=t.split.where(t.index > 0, "cal"))), dict(cal_fraction=0.1),
+        "the cal split has 1 images and needs 2",
+    ),
+    "limit": (text(str), dict(limit=1), "the val split has 1 images and needs 2; limit=1"),
+    "one scene": (table(lambda t: t.assign(ref="wall")), dict(split="random"), "1 group of images cannot be split"),
+    "few": (
+        table(lambda t: t[:12]), dict(split="random"), "1 images and needs 2; val_fraction=0.2 would do",
+    ),
+    "too few": (table(lambda t: t[:3]), dict(split="random"), "3 images of 3 scenes are too few"),
+    "one to test on": (table(lambda t: t[:1]), dict(split="none"), "the test split has 1 images and needs 2"),
+    "a scene on both sides": (references, {}, "wall: .*(in the test split and outside|the same reference)"),
+    "a scene on both sides, by a blank": (
+        table(lambda t: t.assign(ref=["wall ", *t.image[1:39], "wall"])), {}, "wall: .*(in the test|the same ref)",
+    ),
+    "copies on both sides": (leak, {}, r"p36.jpg.*near"),
+    "no split file": (text(str), dict(split="split.csv"), "split.csv: no such file"),
+    "a split of others": (split_file(lambda t: t[1:]), dict(split="split.csv"), "in the set and not in the split"),
+    "a split named twice": (
+        split_file(lambda t: pd.concat([t, t[:1]])), dict(split="split.csv"), "row 41: p00.jpg is named twice",
+    ),
+    "a split with a gap": (
+        split_file(lambda t: t.assign(split=["", *t.split[1:]])), dict(split="split.csv"), "row 1: has no image or no",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_training_refuses_is_reported(what, root):
+    """Both go through the same steps, so that they give the same reason."""
+    harm, values, told = REFUSED[what]
+    harm(root)
+    if values.get("split", "").endswith(".csv"):
+        values = values | dict(split=str(root / "split.csv"))
+    cfg = config(root, **values)
+    with pytest.raises(DataError) as e:
+        images = load_set(cfg)
+        build_cache(images, cfg.size, cfg.fit, on_error=cfg.on_error)
+    assert re.search(told, str(e.value)), e.value
+    report = check_set(cfg)
+    assert report.code == 1
+    assert re.search(told, str(report)), report
+
+
+def test_what_training_takes_is_fine(root):
+    """Nothing is found where nothing is refused, whatever the split."""
+    split_file(lambda t: t)(root)
+    for values in (dict(), dict(split="random"), dict(split="none"), dict(split="split.csv"), dict(limit=2)):
+        cfg = config(root, **{k: str(root / v) if v == "split.csv" else v for k, v in values.items()})
+        load_set(cfg)
+        report = check_set(cfg)
+        assert len(report.findings) == 0, report
+    assert "random: train 29, val 3, test 8" in str(check_set(config(root, split="random")))
+
+
+def test_names_that_are_spelled_otherwise_are_a_warning(root):
+    table(lambda t: t.assign(image=["P00.JPG ", ".\\p01.jpg", *t.image[2:]]))(root)
+    report = check_set(config(root))
+    assert report.code == 0 and list(report.findings.kind) == ["case", "case"]
+    assert "P00.JPG : the file is p00.jpg" in str(report)
 
 
 # ---- the wrong folder, the wrong words

@@ -27,11 +27,11 @@ from smart_iqa.crops import build_cache, grid_plan, random_plan
 from smart_iqa.data import load_set
 from smart_iqa.files import read_lines
 from smart_iqa.images import ImageError, load_image, load_reduced, resize, to_rgb
-from smart_iqa.lab.runs import open_run
+from smart_iqa.lab.runs import open_run, read_run
 from smart_iqa.metrics import evaluate
 from smart_iqa.model import CheckpointError, SmartIQA, load_checkpoint, save_checkpoint
 from smart_iqa.sets import DataError
-from smart_iqa.training import Diverged, Solver, TrainingError, predict, save_resume_point
+from smart_iqa.training import Diverged, Solver, TrainingError, predict, save_resume_point, targets
 
 as_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything"
@@ -644,6 +644,41 @@ def test_split_tables(text, told, five, tmp_path):
     else:
         with pytest.raises(DataError, match=told):
             load_set(cfg)
+
+
+@pytest.mark.parametrize(
+    "rows, told",
+    [
+        ([("p0.png", "20,5"), ("p1.png", "30")], None),
+        ([("p0.png", "20"), ("p0.png", "20"), ("p1.png", "30")], None),
+        ([("p0.png", "20"), ("p0.png", "21")], "row 2: another prediction for p0.png"),
+        ([("p0.png", "much")], "no prediction for 1 training images, e.g. p0.png"),
+        ([("p0.png", "20"), ("p1.png", "30", "40")], r"row 2 \(line 3\) has 4 fields"),
+        ([("p1.png", "20")], "no prediction for 1 training images"),
+    ],
+)
+def test_teachers_table(rows, told, five, tmp_path):
+    """It is read as labels are."""
+    (tmp_path / "teacher.csv").write_text(joined(";", end=";", rows=rows, head=("image", "pred")))
+    cfg = five(joined(), teacher=str(tmp_path / "teacher.csv"))
+    table = load_set(cfg).table
+    if told is None:
+        assert np.isclose(targets(table, cfg)[0], (20 + float(rows[0][1].replace(",", "."))) / 2)
+    else:
+        with pytest.raises(ValueError, match=told):
+            targets(table, cfg)
+
+
+def test_predictions_of_a_run_that_were_edited(standin, tmp_path):
+    """A spreadsheet leaves commas, which say nothing; a row that was moved is named."""
+    for name in ("record", "config", "environment"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "predictions.csv").write_text("image,pred,\n007,3.5,,\n")
+    p = read_run(tmp_path)["predictions"]
+    assert list(p.columns) == ["image", "pred"] and p.image[0] == "007" and p.pred[0] == 3.5
+    (tmp_path / "predictions.csv").write_text("image,pred\n007,3.5\na,b,1\n")
+    with pytest.raises(ValueError, match=r"predictions\.csv: row 2 \(line 3\) has 3 fields and the header 2"):
+        read_run(tmp_path)
 
 
 def test_missing_label_file(folder):

@@ -39,6 +39,7 @@ from smart_iqa.app.folders import (
 from smart_iqa.app.scoring import Calibration, Policy
 from smart_iqa.cli import main
 from smart_iqa.demo import photograph
+from smart_iqa.files import sole_writer
 from smart_iqa.images import ImageError, load_image
 from smart_iqa.model import build_model
 
@@ -1257,3 +1258,20 @@ def test_a_number_of_crops_that_is_not_made_is_said_once(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("2 crops: a photograph of 3:2 gets 3; it gets 3 where asked for that") == 1
     assert "UserWarning" not in err
+
+
+def test_a_closed_stderr(photos, run, monkeypatch):
+    """The scores come, and what belongs to stderr goes nowhere."""
+    monkeypatch.setattr("sys.stderr", None)
+    code, out, _ = run("photos/p0.png", "--out", "s.csv")
+    assert (code, len(read_scores("s.csv")), "smart-iqa:" in out) == (0, 1, False)
+
+
+@pytest.mark.parametrize("words", [("score", "--html", "x"), ("best", "--html", "x"), ("best", "--out", "x.csv")])
+def test_two_commands_on_one_page(words, photos, model_file, capsys):
+    """A page or a table of groups is the work of one command at a time, too."""
+    command, *output = words
+    with sole_writer(output[1]):
+        assert main([command, "photos", "--model", model_file, "--device", "cpu", *output]) == 1
+    assert f"{output[1]}: another process is writing to it" in capsys.readouterr().err
+    assert os.listdir() == ["photos"]

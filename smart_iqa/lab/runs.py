@@ -32,7 +32,9 @@ from ..config import MACHINE, Config, check_names, current_names, fingerprint, m
 from ..crops import build_cache
 from ..data import load_set
 from ..devices import Devices, _write_environment, environment, last_environment
-from ..files import PROGRESS, meanwhile, read_lines, take_lock, usable_cores, write_json, write_whole
+from smart_iqa.files import (
+    PROGRESS, meanwhile, read_lines, read_separated, take_lock, usable_cores, write_json, write_whole,
+)
 from .notebooks import find_notebook, parameters_of, parse_value
 from ..splits import ImageSet
 
@@ -202,7 +204,8 @@ def read_run(
         run[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     predictions = folder / "predictions.csv"
     run["history"] = read_lines(folder / "metrics.jsonl")
-    run["predictions"] = pd.read_csv(predictions, dtype={"image": str, "ref": str}) if predictions.exists() else None
+    text = {"image": str, "ref": str}
+    run["predictions"] = read_separated(predictions, dtype=text) if predictions.exists() else None
     return run
 
 
