@@ -274,7 +274,7 @@ def normalise(
 ) -> torch.Tensor:        # (B, 3, H, W) float32
     "Turn bytes into the model's input: 0-1, then ImageNet mean and standard deviation; in channels-last memory."
     x = crops.to(device, non_blocking=True).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
-    mean, std = (torch.tensor(v, device=device).repeat(x.shape[2]) * 255 for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=device, dtype=torch.float32).repeat(x.shape[2]) * 255 for v in (MEAN, STD))
     rows = x.view(-1, 3 * x.shape[2]).float().sub_(mean).div_(std)  # whole rows: faster than channel by channel
     return rows.view(x.shape).permute(0, 3, 1, 2)
 

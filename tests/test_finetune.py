@@ -131,6 +131,25 @@ def test_finetune_on_few_pictures(mine, start, tmp_path, capsys, no_kernels):
     assert "on 2 test pictures" in capsys.readouterr().out
 
 
+TIMED = {"config.json", "environment.json", "metrics.jsonl", "record.json"}  # where it ran, and how long it took
+
+
+def test_the_same_training_writes_the_same_files(mine, start, tmp_path, no_kernels):
+    """Checksums of models, predictions and figures can be compared; what holds times differs in nothing else."""
+    (tmp_path / "few.csv").write_text("\n".join((mine / "my.csv").read_text().splitlines()[:31]))
+    for out in ("a", "b"):
+        words = ["epochs=1" if w == "epochs=6" else w for w in finetune_words(mine, start, tmp_path / out)]
+        assert main(["finetune", str(tmp_path / "few.csv"), *words[2:]]) == 0
+    a, b = (next((tmp_path / out / "finetune").iterdir()) for out in ("a", "b"))
+    files = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file())
+    assert {"model.safetensors", "checkpoint.safetensors", "curves.pdf", "curves.png"} <= {p.name for p in files}
+    assert [str(p) for p in files if p.name not in TIMED and (a / p).read_bytes() != (b / p).read_bytes()] == []
+    assert read_run(a)["splits"] == read_run(b)["splits"]
+    histories = [read_run(run)["history"].drop(columns=["seconds", "val_seconds"]) for run in (a, b)]
+    pd.testing.assert_frame_equal(*histories, check_exact=True)
+
+
 @pytest.fixture(scope="module")
 def taught(mine, tmp_path_factory, no_kernels):
     """A teacher, two arms of one seed that use it or not, an evaluation of one of them, and its package."""

@@ -185,6 +185,57 @@ def test_differentiable(scorer):
     assert not any(p.requires_grad for p in scorer.model.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_differentiable_takes_floats_of_any_precision(small, kind):
+    """The score is that of the same numbers in fp32, the gradient comes back in the precision of the picture."""
+    x = torch.rand(2, 3, 60, 50).to(kind)
+    alike = x.float().requires_grad_()
+    x.requires_grad_()
+    scores, expected = small.differentiable(x), small.differentiable(alike)
+    scores.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(scores, expected) and x.grad.dtype == kind
+    assert torch.equal(x.grad, alike.grad.to(kind)) and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("wrong", [255.0, -1.0, float("nan"), float("inf")])
+def test_differentiable_refuses_what_lies_outside(small, wrong):
+    x = torch.rand(1, 3, 60, 50)
+    x[0, 1, 2, 3] = wrong
+    with pytest.raises(ImageError, match="within 0-1"):
+        small.differentiable(x)
+
+
+def test_differentiable_of_an_endless_strip(small, monkeypatch):
+    """Resized as a whole it would need gigabytes; crop by crop it is the same score, with the same gradient."""
+    small.model = lambda crops: (crops**2).mean((1, 2, 3))  # quick
+    short = torch.rand(1, 3, 20, 700)  # enlarged, as strips are
+    results = []
+    for most in (40_000_000, 1):
+        monkeypatch.setattr(smart_iqa.app.engines, "MAX_PIXELS", most)
+        x = short.clone().requires_grad_()
+        score = small.differentiable(x)
+        score.sum().backward()
+        results.append((score.detach(), x.grad))
+    (whole, of_whole), (parts, of_parts) = results
+    assert torch.allclose(whole, parts, atol=1e-3) and torch.allclose(of_whole, of_parts, atol=1e-3)
+    monkeypatch.undo()
+    resized = []
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda *a, **k: resized.append(a))
+    assert torch.isfinite(small.differentiable(torch.rand(1, 3, 1, 20_000))).all() and not resized
+
+
+def test_a_scorer_does_not_depend_on_the_default_dtype(photos):
+    expected = create_scorer("smart-lite", device="cpu", engine="torch")(photos[0])
+    torch.set_default_dtype(torch.float64)
+    try:
+        scorer = create_scorer("smart-lite", device="cpu", engine="torch")
+        assert scorer(photos[0]) == expected
+        assert scorer.differentiable(torch.rand(1, 3, 40, 40), crops=1).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_one_file_holds_everything(small, photos, tmp_path):
     save_scorer(small, tmp_path / "m.safetensors")
     again = create_scorer(tmp_path / "m.safetensors", device="cpu", amp="off")

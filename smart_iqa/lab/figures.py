@@ -78,7 +78,7 @@ def need_columns(frame: pd.DataFrame, columns, table: str):
 
 # %% ../../nbs/lab/figures.ipynb #4d72e820
 def training_curves(
-    history: pd.DataFrame,  # epoch (from 1), train_loss, val_srcc, val_plcc, lr_backbone, lr_head; maybe seconds
+    history: pd.DataFrame,  # epoch (from 1), train_loss, val_srcc, val_plcc, lr_backbone, lr_head
     best_epoch: int | None = None,  # the epoch that was kept; None: the one of the highest val_srcc
 ) -> plt.Figure:  # panels: loss; SRCC and PLCC on validation; learning rates (log)
     "Draw how a run went. NaN leaves a gap. ValueError for missing columns, no rows or an unknown best epoch."
@@ -92,8 +92,7 @@ def training_curves(
         fig, axes = new_figure(cols=3, height=2.1)
         for ax, columns in zip(axes, (("train_loss",), ("val_srcc", "val_plcc"), ("lr_backbone", "lr_head"))):
             _lines(ax, h, columns)
-        took = f", {h.seconds.median():.3g} s each" if "seconds" in h and h.seconds.notna().any() else ""
-        axes[0].set(ylabel="training loss", title=f"n = {len(h)} epoch{'s' * (len(h) > 1)}{took}")
+        axes[0].set(ylabel="training loss", title=f"n = {len(h)} epoch{'s' * (len(h) > 1)}")
         part = "test" if "chosen_on" in h and (h.chosen_on == "test").any() else "validation"
         axes[1].set(ylabel=f"correlation ({part})", title=part)
         axes[2].set(ylabel="learning rate", yscale="log", title="learning rates")
