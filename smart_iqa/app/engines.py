@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from .scoring import Calibration, PictureScorer, Policy, calibrate, crops_made, layout
 from ..files import CheckpointError, read_separated, usable_cores
-from ..images import ImageError
+from ..images import MAX_PIXELS, ImageError
 
 # %% ../../nbs/app/engines.ipynb #rules001
 def _stored_rules(card: dict) -> tuple[Policy, Calibration | None]:
@@ -204,12 +204,14 @@ class Scorer(PictureScorer):
         threads: int = 2,                 # that decode
         more: dict | None = None,         # what else the card holds
     ):
+        import torch
+
         from smart_iqa.cpu import for_scoring
         from smart_iqa.devices import keep_memory, pick_device, use_bf16
 
         super().__init__(policy, calibration, info, batch_size, level, threads, more)
         self.device = pick_device(device)
-        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.model = model.eval().requires_grad_(False).to(self.device, torch.float32)
         self.bf16, self._lock = use_bf16(amp, self.device), threading.Lock()
         self.engine = "torch" + f"-{self.device.type}" * (self.device.type != "cpu") + "-bf16" * self.bf16
         if self.device.type == "cpu":
@@ -332,25 +334,50 @@ def save_scorer(
     save_checkpoint(scorer.model, path, card_of(scorer), dtype)
 
 # %% ../../nbs/app/engines.ipynb #7a579c5f
-def differentiable_score(
-    scorer: Scorer,
-    x,                         # tensor (B, 3, H, W) RGB within 0-1
-    crops: int | None = None,  # fewer crops per picture than the policy has save time
-):                             # tensor (B,) of scores, with a gradient
-    "Compute scores that can be a loss, as in `-scorer.differentiable(x).mean()`; `Scorer.differentiable` is the same."
+def _resample(x, width: int, height: int, top: int, left: int, side: int):  # x: (B, 3, H, W) -> (B, 3, side, side)
+    "Cut one crop of a strip that would be too large if it were resized as a whole to (width, height)."
     import torch
     import torch.nn.functional as F
 
+    y, x_ = ((torch.arange(side, device=x.device, dtype=x.dtype) + start + 0.5) * 2 / length - 1
+             for start, length in ((top, height), (left, width)))
+    grid = torch.stack([x_.expand(side, side), y[:, None].expand(side, side)], -1).expand(len(x), -1, -1, -1)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def differentiable_score(
+    scorer: Scorer,
+    x,                         # float tensor (B, 3, H, W) RGB within 0-1, of any precision
+    crops: int | None = None,  # fewer crops per picture than the policy has save time
+):                             # float32 tensor (B,) of scores, with a gradient
+    """Compute scores that can be a loss, as in `-scorer.differentiable(x).mean()`; `Scorer.differentiable` is the same.
+
+    The gradient comes back in the precision of x. ImageError for another shape or kind, and for values outside 0-1."""
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.checkpoint import checkpoint
+
     from smart_iqa.crops import MEAN, STD
 
-    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
         raise ImageError(f"{tuple(x.shape)}, {x.dtype}: give float pictures (B, 3, H, W) within 0-1")
+    low, high = (float(v) for v in x.detach().aminmax())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN too
+        raise ImageError(f"pixels between {low:g} and {high:g}: they must lie within 0-1, before any normalisation")
     policy = scorer.policy if crops is None else replace(scorer.policy, crops=crops)
     (w, h), tops, lefts = layout(x.shape[3], x.shape[2], policy)
+    x = x.to(scorer.device, torch.float32)
     mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1) for v in (MEAN, STD))
-    x = F.interpolate((x - mean) / std, (h, w), mode="bilinear", antialias=True)
-    c = policy.crop
-    return torch.stack([scorer.model(x[:, :, t : t + c, k : k + c]) for t in tops for k in lefts]).mean(0)
+    x, c = (x - mean) / std, policy.crop
+    if w * h <= MAX_PIXELS:
+        x = F.interpolate(x, (h, w), mode="bilinear", antialias=True)
+        parts = (x[:, :, t : t + c, k : k + c] for t in tops for k in lefts)
+    else:
+        parts = (_resample(x, w, h, t, k, c) for t in tops for k in lefts)
+    score = scorer.model
+    if len(tops) * len(lefts) > 32:  # a strip has up to 64 columns: each crop is computed again for its gradient
+        score = partial(checkpoint, score, use_reentrant=False)
+    return torch.stack([score(part) for part in parts]).mean(0)
 
 
 Scorer.differentiable = differentiable_score
