@@ -87,12 +87,12 @@ def _inside(root: Path, image: str) -> str | None:
 
 def _find_file(root: Path, image: str, listing: dict) -> tuple[str, str]:
     "Return a name as it stands on disk, if that is unambiguous, and the reason why it names no file, else empty."
-    name = _inside(root, image if "\\" not in image or (root / image).exists() else image.replace("\\", "/"))
+    name = _inside(root, image if "\\" not in image or os.path.exists(root / image) else image.replace("\\", "/"))
     if name is None:
         return image, f"is not below {root}: give the folder that has all pictures"
     folder, name = posixpath.split(name)
     if folder not in listing:
-        names = sorted(os.listdir(root / folder)) if (root / folder).is_dir() else []
+        names = sorted(os.listdir(root / folder)) if os.path.isdir(root / folder) else []
         alike = {}
         for n in names:
             alike.setdefault(spelled(n), []).append(n)
@@ -102,7 +102,7 @@ def _find_file(root: Path, image: str, listing: dict) -> tuple[str, str]:
     if len(hits) != 1:
         return image, f"could be any of {', '.join(hits)}" if hits else f"no such file{_hint(image, name, exact)}"
     file = posixpath.join(folder, hits[0])
-    return file, "" if (root / file).exists() else "a link to a file that is not there"
+    return file, "" if os.path.exists(root / file) else "a link to a file that is not there"
 
 
 def _hint(image: str, name: str, there: set[str]) -> str:

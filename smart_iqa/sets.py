@@ -341,6 +341,8 @@ def _cell(value):
     "Return a cell as a number or text; empty text for a missing one."
     if isinstance(value, (bool, list, dict, np.ndarray)):
         return str(value)  # no number, whatever it could be turned into
+    if isinstance(value, int) and abs(value) > 2**1000:
+        return str(value)  # more than a float can hold
     return "" if pd.isna(value) else value
 
 

@@ -428,6 +428,15 @@ def test_what_training_takes_is_fine(root):
     assert "random: train 29, val 3, test 8" in str(check_set(config(root, split="random")))
 
 
+def test_set_without_a_split_of_its_own(root, run):
+    """Nobody asked for a split that the labels do not have: it is checked with a random one, as it would be used."""
+    table(lambda t: t.drop(columns="split"))(root)
+    code, out, _ = run(*check_words(root))
+    assert code == 0 and "random: train 29, val 3, test 8" in out
+    code, out, _ = run(*check_words(root, "--split", "official"))
+    assert code == 1 and "40 of 40 images have no official split" in out
+
+
 def test_names_that_are_spelled_otherwise_are_a_warning(root):
     table(lambda t: t.assign(image=["P00.JPG ", ".\\p01.jpg", *t.image[2:]]))(root)
     report = check_set(config(root))

@@ -535,6 +535,7 @@ WRONG = {  # damaged, and what is said
     "a decimal comma among points": (joined().replace("20", '"20,5"'), "row 1: label '20,5' is not a number"),
     "perhaps thousands": (joined(";").replace("30.5", "3,125"), "row 2: label '3,125' is not a number"),
     "a name that leaves the folder": (joined().replace("p2.png", "../p2.png"), r"\.\./p2\.png: is not below"),
+    "a name that is too long": (joined().replace("p2.png", "x\\" + "p/" * 5000), "no such file"),
     "a name of another machine": (joined().replace("p2.png", "C:\\p\\p2.png"), "path of another machine"),
     "a name without its ending": (joined().replace("p2.png", "p2"), r"p2: no such file; is it p2\.png"),
     "another split": (joined().replace("val", "Val", 1), "'Val' of p1.png is not train, val, cal or test"),
@@ -583,6 +584,20 @@ def test_tables_of_other_kinds(kind, column, value, told, five, tmp_path):
     frame = pd.DataFrame(rows)
     write[kind](tmp_path / f"labels.{kind}")
     assert list(load_set(small_config(tmp_path, labels=f"labels.{kind}")).table.image) == [r[0] for r in ROWS]
+
+
+def test_numbers_and_names_that_no_machine_has(five, tmp_path):
+    """Four hundred digits are no score, half a character and a zero byte no name."""
+    for change, told in (
+        (dict(score=10**400), "row 3: label '10+' is not a number"),
+        (dict(image="\ud800.png"), "labels.json: cannot be read"),
+        (dict(image="p2\0.png"), "no such file"),
+    ):
+        rows = [dict(image=i, score=float(s), split=p) for i, s, p in ROWS]
+        rows[2] |= change
+        (tmp_path / "labels.json").write_text(json.dumps(rows))
+        with pytest.raises(DataError, match=told):
+            load_set(small_config(tmp_path, labels="labels.json"))
 
 
 def test_column_twice_in_a_workbook(five, tmp_path):

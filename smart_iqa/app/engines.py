@@ -52,7 +52,7 @@ def choose_rules(
     if crops is not None:
         policy = replace(policy, crops=crops)
         calibration = next((c for p, c in known if p == policy), None)
-        if told := crops_made(policy):
+        if policy not in [p for p, _ in known] and (told := crops_made(policy)):
             warnings.warn(told, stacklevel=4)
         if calibration is None and known[0][1] is not None:
             warnings.warn(f"{name} was not calibrated with {crops} crops: scores come without intervals (NaN)",
