@@ -1,6 +1,7 @@
 """The scorer: one score per picture whatever surrounds it, local maps, intervals, and the packaged model."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -413,6 +414,17 @@ def without_research(code: str, *words: str) -> subprocess.CompletedProcess:
     """Run Python where the research half cannot be imported."""
     command = [sys.executable, "-c", NONE_OF_THEM + code, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_scoring_leaves_nothing_in_the_home(tmp_path, photos):
+    """onnxruntime would keep a device id and a database of events there."""
+    photos[0].save(tmp_path / "a.png")
+    (home := tmp_path / "home").mkdir()
+    command = [sys.executable, "-m", "smart_iqa", "score", str(tmp_path / "a.png")]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("ORT_", "SMART_IQA"))} | dict(HOME=str(home))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not list(home.rglob("*"))
 
 
 def test_scoring_imports_no_research(tmp_path, photos):

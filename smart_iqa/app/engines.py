@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import sys
 import threading
@@ -63,6 +64,7 @@ def choose_rules(
 # %% ../../nbs/app/engines.ipynb #844176ca
 def need(*names: str) -> list:
     "Import optional packages; ImportError says how to get them."
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else onnxruntime keeps a device id in the user's home
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as e:
