@@ -179,6 +179,7 @@ def _split_rows(text: str, separator: str) -> list[list[str]]:
     return rows
 
 
+# %% ../nbs/01_files.ipynb #septab05
 def read_separated(
     path: str | Path,
     usual: str = ",",  # separator, where several would do

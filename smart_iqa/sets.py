@@ -318,6 +318,8 @@ READERS = {
     ".json": _records,
     ".jsonl": _json_lines,
 }
+
+# %% ../nbs/04_sets.ipynb #readlab1
 def read_labels(
     path: str | Path,  # .csv, .tsv, .parquet, .json (a list of records), .jsonl or .xlsx
 ) -> pd.DataFrame:
