@@ -272,7 +272,9 @@ def _parse_csv(text: str) -> list[dict]:
     for row in filter(None, rows):
         if len(row) != len(COLUMNS):
             raise ValueError(f"holds a row that is not ours ({','.join(row)[:60]})")
-    return [dict(zip(COLUMNS, row)) for row in rows if row]
+    rows = [dict(zip(COLUMNS, row)) for row in rows if row]
+    torn = rows and not text.endswith(("\n", "\r")) and not rows[-1]["score"]  # perhaps in the middle of its error
+    return rows[:-1] if torn else rows
 
 # %% ../../nbs/app/folders.ipynb #parsetbl
 def _parse(text: str, suffix: str) -> list[dict]:
