@@ -81,7 +81,8 @@ def passed_over(
     unread, lines = [k for k in passed.values() if k in advice], []
     if unread:
         todo = "; ".join(dict.fromkeys(advice[k] for k in sorted(set(unread))))
-        lines.append(f"passed over {len(unread)} files of kinds that are not read ({counts(unread)}): {todo}")
+        files = "file" if len(unread) == 1 else "files"
+        lines.append(f"passed over {len(unread)} {files} of kinds that are not read ({counts(unread)}): {todo}")
     if kept := [k for k in passed.values() if k not in advice]:
         lines.append(f"passed over what systems keep beside pictures ({counts(kept)}); name it to have it scored")
     return lines
@@ -272,9 +273,7 @@ def _parse_csv(text: str) -> list[dict]:
     for row in filter(None, rows):
         if len(row) != len(COLUMNS):
             raise ValueError(f"holds a row that is not ours ({','.join(row)[:60]})")
-    rows = [dict(zip(COLUMNS, row)) for row in rows if row]
-    torn = rows and not text.endswith(("\n", "\r")) and not rows[-1]["score"]  # perhaps in the middle of its error
-    return rows[:-1] if torn else rows
+    return [dict(zip(COLUMNS, row)) for row in rows if row]
 
 # %% ../../nbs/app/folders.ipynb #parsetbl
 def _parse(text: str, suffix: str) -> list[dict]:
