@@ -10,13 +10,14 @@ __all__ = ['MEAN', 'STD', 'PixelCache', 'build_cache', 'leave_out', 'grid_positi
 import json
 import os
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .config import fingerprint
@@ -170,13 +171,14 @@ class CropPlan:
     top: np.ndarray   # pixels
     left: np.ndarray  # pixels
     flip: np.ndarray  # bool: mirrored
+    side: np.ndarray  # pixels of the square that is cut; where it is larger than the crop, it is reduced to it
 
     def __len__(self) -> int:
         return len(self.row)
 
     def part(self, which: slice) -> "CropPlan":
         "Return some of the crops."
-        return CropPlan(self.row[which], self.top[which], self.left[which], self.flip[which])
+        return CropPlan(*(getattr(self, f.name)[which] for f in fields(self)))
 
 
 def random_plan(
@@ -187,13 +189,17 @@ def random_plan(
     seed: int | tuple,  # e.g. (seed, epoch)
     flip: bool = True,  # mirror half of them
     shuffle: bool = True,
+    zoom: float = 1.0,  # half of them are cut up to so many times larger
 ) -> CropPlan:
     "Draw uniformly random crops; equal seeds give equal plans."
     rng = np.random.default_rng(seed)
     row = np.repeat(np.asarray(rows, np.int64), n)
     row = rng.permutation(row) if shuffle else row
-    top, left = ((rng.random(len(row)) * (sizes[row, k] - crop + 1)).astype(np.int64) for k in (0, 1))
-    return CropPlan(row, top, left, (rng.random(len(row)) < 0.5) & flip)
+    down, right, mirrored = (rng.random(len(row)) for _ in range(3))
+    larger = 1 + (zoom - 1) * np.maximum(0, 2 * rng.random(len(row)) - 1)
+    side = np.minimum((crop * larger).astype(np.int64), sizes[row].min(1))
+    top, left = ((u * (sizes[row, k] - side + 1)).astype(np.int64) for k, u in enumerate((down, right)))
+    return CropPlan(row, top, left, (mirrored < 0.5) & flip, side)
 
 
 def grid_plan(
@@ -202,7 +208,8 @@ def grid_plan(
     "Place the evenly spaced test crops, n in a row for each picture."
     corners = [grid_positions(*sizes[r], crop, n) for r in rows]
     top, left = np.concatenate(corners).T if len(corners) else np.empty((2, 0), np.int64)
-    return CropPlan(np.repeat(np.asarray(rows, np.int64), n), top, left, np.zeros(len(top), bool))
+    row = np.repeat(np.asarray(rows, np.int64), n)
+    return CropPlan(row, top, left, np.zeros(len(top), bool), np.full(len(top), crop))
 
 # %% ../nbs/06_crops.ipynb #bffe55f5
 def share(
@@ -238,8 +245,9 @@ class _Batches(Dataset):
         c, batch = self.crop, self.plan.part(slice(start, start + self.batch_size))
         own = batch.part(share(len(batch), self.rank, self.world))
         out = np.empty((len(own), c, c, 3), np.uint8)
-        for i, (row, y, x) in enumerate(zip(own.row, own.top, own.left)):
-            out[i] = self.cache[row][y : y + c, x : x + c]
+        for i, (row, y, x, side) in enumerate(zip(own.row, own.top, own.left, own.side)):
+            square = self.cache[row][y : y + side, x : x + side]
+            out[i] = square if side == c else Image.fromarray(square).resize((c, c), Image.Resampling.BILINEAR)
         crops = torch.from_numpy(out).permute(0, 3, 1, 2)
         for i in np.flatnonzero(own.flip):  # faster than copying a NumPy view with a negative step
             crops[i] = crops[i].flip(2)

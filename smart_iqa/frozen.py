@@ -61,7 +61,7 @@ def compute_features(
 ) -> np.ndarray:            # (len(plan), D) float16, a view of a mapped file
     "Compute the features of every crop of a plan, or find them in the cache."
     bf16 = use_bf16(cfg.amp, device)
-    crops = np.stack([plan.row, plan.top, plan.left, plan.flip]).tobytes()
+    crops = np.stack([plan.row, plan.top, plan.left, plan.flip, plan.side]).tobytes()
     crops_digest = hashlib.blake2b(crops, digest_size=8).hexdigest()
     key = fingerprint([kind, cache.path.name, weights_digest(model), crops_digest, cfg.crop, bf16], 16)
     path = cache_dir(cfg.cache) / f"features-{key}.npy"
@@ -102,7 +102,8 @@ class FrozenFeed(CropFeed):
             self.shapes = [t.shape[1:] for t in model.eval().pool(model.features(one_crop))]
         rows = np.flatnonzero((table.split == "train").to_numpy())
         seed = (cfg.seed, 0)
-        self.plan = random_plan(cache.sizes, rows, cfg.crop, cfg.train_crops, seed, cfg.flip, shuffle=False)
+        self.plan = random_plan(cache.sizes, rows, cfg.crop, cfg.train_crops, seed, cfg.flip, shuffle=False,
+                                zoom=cfg.zoom)
         self.features = _pooled_features(self, self.plan)
 
     def train_batches(self, epoch: int, first: int = 0, rank: int = 0, world: int = 1):

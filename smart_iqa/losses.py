@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPINION_STD', 'LOSSES', 'l1', 'l2', 'smooth_l1', 'plcc_loss', 'srcc_loss', 'ranking_hinge', 'rank_loss',
-           'fidelity_loss', 'get_loss']
+           'fidelity_loss', 'ladder_loss', 'get_loss']
 
 # %% ../nbs/11_losses.ipynb #55a271a4
 import math
@@ -177,6 +177,20 @@ def fidelity_loss(
     else: z, z_pred, log_p = _diff(score) / _noise(score, std), _diff(pred) / _noise(score, std), torch.special.log_ndtr
     same = [((log_p(s * z) + log_p(s * z_pred)) / 2).exp() for s in (1, -1)]  # sqrt(p p'), sqrt((1-p)(1-p'))
     return _pair_mean(1 - same[0] - same[1])
+
+# %% ../nbs/11_losses.ipynb #1adde002
+def ladder_loss(
+    top: torch.Tensor,     # (K,) predictions of the undamaged crops; no gradient flows into them
+    rungs: torch.Tensor,   # (K, n) predictions of their damaged copies, in rising order of damage
+    levels: torch.Tensor,  # (K, n) levels of damage, above 0
+    margin: float = 5.0,   # points per level that a picture of score 100 must lose
+) -> torch.Tensor:         # scalar, points
+    "Compute how much the steps of ladders fall short of what damage has to cost, on average."
+    top, rungs = top.detach().float(), rungs.float()
+    levels = levels.to(rungs)
+    steps = torch.cat([levels[:, :1], levels.diff(dim=1)], 1) * (margin * top.clamp(0, 100) / 100)[:, None]
+    falls = torch.cat([top[:, None], rungs[:, :-1]], 1) - rungs
+    return F.relu(steps - falls).mean()
 
 # %% ../nbs/11_losses.ipynb #488e98e4
 LOSSES = {

@@ -19,7 +19,8 @@ from smart_iqa.app.best import BEST_COLUMNS, BURST_SECONDS, best_files, exposure
 from smart_iqa.app.engines import Scorer, create_scorer, save_scorer
 from smart_iqa.app.folders import PictureFile, find_pictures, score_files
 from smart_iqa.cli import main
-from smart_iqa.demo import PHOTOS, distort, photograph
+from smart_iqa.demo import PHOTOS, photograph
+from smart_iqa.distortions import distort
 from smart_iqa.duplicates import find_same_scenes, same_scene, scene_of
 
 CAMERA = {271: "Maker", 272: "Model"}

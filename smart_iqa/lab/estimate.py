@@ -29,6 +29,7 @@ from ..crops import PixelCache, crop_batches, grid_plan, normalise
 from ..data import load_set
 from ..demo import render_koniq
 from ..devices import code_digest, environment, pick_device, use_bf16
+from ..distortions import RUNGS
 from ..files import cache_dir, span, usable_cores, write_json
 from ..images import pixels_or_reason
 from .runs import RunError, read_run
@@ -117,7 +118,8 @@ _STEP = ("method", "crop", "batch_size", "frozen", "freeze_batchnorm", "amp", "d
 def kind_of(cfg: Config) -> dict:
     "Return the parameters that decide what a step takes."
     model = {k: getattr(Config if cfg.method == "hyperiqa" else cfg, k) for k in _MODEL}
-    return {k: getattr(cfg, k) for k in _STEP} | model | dict(ema=0.5 if cfg.ema else 0.0)
+    step = {k: getattr(cfg, k) for k in _STEP} | model | dict(ema=0.5 if cfg.ema else 0.0)
+    return step | (dict(ladder=1.0, ladder_every=cfg.ladder_every) if cfg.ladder else {})
 
 
 def kind_name(kind: dict) -> str:
@@ -126,7 +128,8 @@ def kind_name(kind: dict) -> str:
     parts = [model, f"{kind['batch_size']} x {kind['crop']}²"]
     changed = [k for k in ("head", "use_multiscale", "use_attention") if kind[k] != getattr(Config, k)]
     parts += [f"{k}={kind[k]}" for k in changed]
-    return ", ".join(parts + ["on frozen features"] * kind["frozen"] + ["EMA"] * bool(kind["ema"]))
+    more = {"on frozen features": kind["frozen"], "EMA": kind["ema"], "ladders": "ladder" in kind}
+    return ", ".join(parts + [word for word, there in more.items() if there])
 
 # %% ../../nbs/lab/estimate.ipynb #a9fe77bf
 class _Heads(CropFeed):
@@ -140,7 +143,8 @@ def _train(model, cfg: Config, device: torch.device, batch: int, repeats: int) -
     "Measure a training step: its batch, seconds and largest memory."
     table = pd.DataFrame(dict(score=np.linspace(0, 100, batch), std=np.nan, split="train"))
     feed = (_Heads if cfg.frozen else CropFeed)(None, table, replace(cfg, batch_size=batch), device)
-    inputs, rows = _crops(cfg, device, batch), torch.arange(batch)
+    copies = RUNGS * math.ceil(batch / cfg.ladder_every) if cfg.ladder else 0
+    inputs, rows = _crops(cfg, device, batch + copies), torch.arange(batch)
     if cfg.frozen:
         with torch.inference_mode():
             shapes = [t.shape[1:] for t in model.eval().pool(model.features(inputs[:1]))]
