@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FACTS', 'READERS', 'IMAGE_COLUMNS', 'SCORE_COLUMNS', 'LIVE_PARTS', 'KONIQ_PAPER_LEAVES_OUT', 'LOADERS', 'SetFacts',
            'facts_table', 'find_set', 'set_info', 'DataError', 'read_labels', 'to_numbers', 'read_table', 'read_csiq',
-           'read_tid2013', 'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_koniq', 'read_csv', 'read_demo',
-           'reader_of']
+           'read_tid2013', 'read_live', 'read_livec', 'read_bid', 'read_biq2021', 'read_iqt', 'read_koniq', 'read_csv',
+           'read_demo', 'reader_of']
 
 # %% ../nbs/04_sets.ipynb #0cad6abd
 import json
@@ -211,6 +211,20 @@ FACTS |= {
         get="https://github.com/nisarahmedrana/BIQ2021",
         files=("Train (Images and MOS).csv",),
         folders=("Images",),
+    ),
+    "iqt": SetFacts(
+        (1, 5),
+        371,
+        "Göring, Rao Ramachandra Rao and Raake, Quality Assessment of Higher Resolution Images, QUEX 8, 2023",
+        "GNU General Public License v3",
+        kind="synthetic",
+        references=38,
+        label="MOS of the laboratory test, higher is better",
+        std="SD of votes 1-5, x 25",
+        get="https://github.com/Telecommunication-Telemedia-Assessment/image_quality_test",
+        files=("test_1/mos_ci.csv", "mos_ci.csv"),
+        folders=("test_1/images", "images"),
+        reference=r"^(.+)_1frame_crf_",
     ),
     "demo": SetFacts(
         (0, 100),
@@ -725,6 +739,13 @@ def read_biq2021(root: Path, cfg: Config) -> pd.DataFrame:
         tables.append(_columns(read_labels(path), path, name="Image Name", mos="MOS").assign(split=split))
     return _assemble("biq2021", root, pd.concat(tables, ignore_index=True), paths["train"])
 
+
+def read_iqt(root: Path, cfg: Config) -> pd.DataFrame:
+    "Read the lab test of image_quality_test: stills coded at 144 to 2,160 lines, shown at one size; names lack .png."
+    path = _label_file("iqt", root)
+    labels = _columns(read_labels(path), path, name="image_name", mos="mos", std="std")
+    return _assemble("iqt", root, labels.assign(name=labels.name + ".png"), path)
+
 # %% ../nbs/04_sets.ipynb #9a1e499b
 KONIQ_PAPER_LEAVES_OUT = """10344921126 19502065 28311109 33000255 361037189 5168834860 5466371904 5869585652 5952914370
 6285698915 7574416384 80184044 121123359 213906996 3483143101 3632417985 44009500""".split()
@@ -811,6 +832,7 @@ LOADERS = {  # of sets that are no table
     "tid2013": read_tid2013,
     "bid": read_bid,
     "biq2021": read_biq2021,
+    "iqt": read_iqt,
     "demo": read_demo,
     "csv": read_csv,
 }

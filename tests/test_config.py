@@ -62,6 +62,19 @@ def test_run_ids_stay(key):
     assert run_id(make_config(profile, **values), "table") == RUN_IDS[key]
 
 
+def test_a_later_parameter_changes_an_id_only_when_it_is_used():
+    """Runs of before such a parameter keep their ids; a run that uses it is another run."""
+    plain = run_id(make_config("lite"), "table")
+    assert plain == run_id(make_config("lite", zoom=1.0, ladder=0.0), "table")
+    assert len({plain, *(run_id(make_config("lite", **v), "table") for v in (dict(zoom=1.5), dict(ladder=1.0)))}) == 3
+
+
+@pytest.mark.parametrize("other", [dict(frozen=True), dict(color_jitter=0.1)])
+def test_ladders_need_crops_that_are_cut_anew_and_not_jittered(other):
+    with pytest.raises(ValueError, match=f"ladder .*{next(iter(other))}.*: switch one of them off"):
+        make_config("lite", ladder=1.0, **other)
+
+
 @pytest.mark.parametrize("values", [dict(lr="1e-3", seed="7", frozen="true", drop_path="0.1"),
                                     dict(lr=np.float64(1e-3), seed=np.int64(7), frozen=np.True_, drop_path=0.1),
                                     dict(lr=1e-3, seed=7.0, frozen=1, drop_path=np.float64(0.1))])

@@ -126,9 +126,11 @@ def test_prediction_is_repeatable(trained):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"color_jitter": 0.4}, {"test_positions": "random"}], ids=["plain", "jitter", "random test crops"]
+    "values, copies",
+    [({}, 0), ({"color_jitter": 0.4}, 0), ({"test_positions": "random"}, 0), ({"ladder": 1.0, "zoom": 1.2}, 40)],
+    ids=["plain", "jitter", "random test crops", "ladders"],
 )
-def test_number_of_workers(values, standin):
+def test_number_of_workers(values, copies, standin):
     """Workers only cut; what is cut is decided before. Also from the middle of an epoch on, as after a kill."""
     seen = []
     for workers in (0, 2):
@@ -137,7 +139,7 @@ def test_number_of_workers(values, standin):
         batches = [b for first in (0, 3) for b in feed.train_batches(1, first)]
         seen.append((torch.cat([x for x, _ in batches]), torch.cat([r for _, r in batches]),
                      torch.cat(list(feed.test_batches(np.arange(33, 41), 4)))))
-    assert len(seen[0][0]) == 50 + 50 - 24
+    assert len(seen[0][0]) == 50 + 50 - 24 + copies
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
@@ -150,9 +152,10 @@ def test_workers_do_not_touch_the_generator(standin):
         assert torch.equal(before, torch.get_rng_state()), workers
 
 
-def test_rest_of_an_epoch_is_its_tail(standin):
-    """A resumed epoch sees exactly the crops that the killed one had not seen."""
-    _, feed, _ = prepare(small_config(standin, train_crops=3))
+@pytest.mark.parametrize("values", [{}, {"ladder": 1.0, "zoom": 1.2}], ids=["plain", "ladders"])
+def test_rest_of_an_epoch_is_its_tail(values, standin):
+    """A resumed epoch sees exactly the crops that the killed one had not seen, and their damaged copies."""
+    _, feed, _ = prepare(small_config(standin, train_crops=3, **values))
     whole, rest = list(feed.train_batches(2)), list(feed.train_batches(2, 4))
     assert len(rest) == len(whole) - 4 == len(feed) - 4
     assert all(torch.equal(a, b) and torch.equal(r, s) for (a, r), (b, s) in zip(whole[4:], rest, strict=True))

@@ -106,6 +106,7 @@ def test_facts():
         "tid2013": 3000,
         "bid": 586,
         "biq2021": 12000,
+        "iqt": 371,
     }
     assert {n: f.scale for n, f in FACTS.items() if n != "csv"} == {
         "koniq-10k": (0, 100),
@@ -118,6 +119,7 @@ def test_facts():
         "tid2013": (0, 9),
         "bid": (0, 5),
         "biq2021": (0, 1),
+        "iqt": (1, 5),
         "demo": (0, 100),
     }
     table = facts_table()
@@ -730,6 +732,22 @@ def test_biq2021_half(tmp_path):
     (tmp_path / "Test (Images and MOS).csv").write_text("Image Name,MOS\nss02 (1).jpg,1\n")
     told("biq2021", tmp_path, "1 images", "images/ss02 (1).jpg: no such file")
     assert list(load("biq2021", tmp_path, on_error="skip").score) == [50, 25]
+
+
+@pytest.mark.parametrize("folder", ["test_1/", ""])
+def test_iqt(tmp_path, folder):
+    """The repository, or its folder test_1: names without .png, votes 1-5; the name tells the source."""
+    names = ["Dancers.avi_1frame_crf_03_height_0864", "Dancers.avi_1frame_crf_30_height_0144",
+             "A_3840x2160.mkv_1frame_crf_00_height_2160"]
+    fill(tmp_path, [f"{folder}images/{n}.png" for n in names])
+    rows = "".join(f"{n},{mos},0.7,{std}\n" for n, mos, std in zip(names, (4, 1, 5), (1, 0.5, 0)))
+    (tmp_path / f"{folder}mos_ci.csv").write_text(f"image_name,mos,ci,std\n{rows}")
+    table = load("iqt", tmp_path).set_index("image").loc[[f"{folder}images/{n}.png" for n in names]]
+    assert list(table.score) == [75, 0, 100]
+    assert list(table["std"]) == [25, 12.5, 0]
+    assert list(table.ref) == ["dancers.avi", "dancers.avi", "a_3840x2160.mkv"]
+    (tmp_path / f"{folder}images/{names[1]}.png").unlink()
+    told("iqt", tmp_path, "1 images", f"{names[1]}.png: no such file")
 
 
 # --- a set of one's own

@@ -32,7 +32,7 @@ from ..images import MAX_PIXELS, ImageError
 def _stored_rules(card: dict) -> tuple[Policy, Calibration | None]:
     "Read a policy and its calibration from a card."
     stored = card.get("calibration")
-    calibration = Calibration(**{k: tuple(v) for k, v in stored.items()}) if stored else None
+    calibration = Calibration.from_card(stored) if stored else None
     return Policy(**card.get("policy", {})), calibration
 
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     import pandas as pd  # takes some tenths of a second: a function that makes a table imports it
 
 # %% auto #0
-__all__ = ['MAX_COLUMNS', 'ROOM', 'STAGES', 'as_image', 'as_list', 'Policy', 'layout', 'crops_made', 'cut', 'Calibration',
-           'calibrate', 'coverage_table', 'Preference', 'Score', 'ModelRules', 'PictureScorer', 'preference_of',
-           'compare_scores', 'compare', 'in_colour', 'QualityMap', 'quality_map', 'in_words', 'quality_figure']
+__all__ = ['MAX_COLUMNS', 'LEAST', 'ROOM', 'STAGES', 'as_image', 'as_list', 'Policy', 'layout', 'crops_made', 'cut',
+           'Calibration', 'calibrate', 'coverage_table', 'Preference', 'Score', 'ModelRules', 'PictureScorer',
+           'preference_of', 'compare_scores', 'compare', 'in_colour', 'QualityMap', 'quality_map', 'in_words',
+           'quality_figure']
 
 # %% ../../nbs/app/scoring.ipynb #409f87ef
 def _array_to_image(a: np.ndarray) -> Image.Image:
@@ -180,10 +181,10 @@ def cut(
     return np.stack([np.asarray(img.resize((c, c), Image.Resampling.BILINEAR, box=b)) for b in boxes])
 
 # %% ../../nbs/app/scoring.ipynb #dc4b538d
-def _difficulty_terms(pred: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    "Stack what difficulty is estimated from, (N, 3): one, the spread of the crops, the room to err."
+def _signs(pred: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    "Stack what errors are estimated from, (N, 4): one, the spread of the crops, the room to err, the score."
     pred, spread = np.asarray(pred, float), np.nan_to_num(np.asarray(spread, float))
-    return np.stack([np.ones_like(pred), spread, np.clip(pred * (100 - pred), 0, None) / 2500], 1)
+    return np.stack([np.ones_like(pred), spread, np.clip(pred * (100 - pred), 0, None) / 2500, pred / 100], 1)
 
 
 def _order(level: float, n: int) -> int:
@@ -198,16 +199,32 @@ def _order(level: float, n: int) -> int:
     return k
 
 # %% ../../nbs/app/scoring.ipynb #calib001
+LEAST = 0.5  # points: no error is expected to be smaller
+
+
 @dataclass(frozen=True)
 class Calibration:
     "Hold what a model has learned about its own errors; `asdict` of it is plain JSON."
-    weights: tuple[float, ...]    # of difficulty: constant, spread, room
-    residuals: tuple[float, ...]  # sorted (score - pred) / difficulty of the calibration pictures
+    below: tuple[float, ...]      # weights of how far the truth may lie below: constant, spread, room, score
+    above: tuple[float, ...]      # the same above; later weights may be missing
+    residuals: tuple[float, ...]  # sorted (score - pred) of the calibration pictures, in units of `reach`
     scores: tuple[float, ...] = ()  # sorted scores that the model gives to the calibration pictures
+
+    @classmethod
+    def from_card(cls, stored: dict) -> Calibration:
+        "Read what a model's card holds; cards of before have one list of weights for both sides."
+        stored = {k: tuple(v) for k, v in stored.items()}
+        both = stored.pop("weights", None)
+        return cls(**(stored if both is None else dict(below=both, above=both) | stored))
+
+    def reach(self, pred: np.ndarray, spread: np.ndarray) -> list[np.ndarray]:
+        "Estimate how far the truth may lie below and above, points, (N,) each."
+        signs = _signs(pred, spread)
+        return [np.maximum(signs[:, : len(w)] @ np.asarray(w), LEAST) for w in (self.below, self.above)]
 
     def difficulty(self, pred: np.ndarray, spread: np.ndarray) -> np.ndarray:
         "Estimate the size of the error in points, (N,)."
-        return _difficulty_terms(pred, spread) @ np.asarray(self.weights)
+        return sum(self.reach(pred, spread)) / 2
 
     @property
     def highest_level(self) -> float:
@@ -222,8 +239,8 @@ class Calibration:
     ) -> tuple[np.ndarray, np.ndarray]:  # low, high, (N,), within 0-100 (or to a score that lies outside)
         "Compute conformal intervals. ValueError when the level needs more calibration pictures than there were."
         k, n = _order(level, len(self.residuals)), len(self.residuals)
-        pred, sigma = np.asarray(pred, float), self.difficulty(pred, spread)
-        low, high = pred + sigma * self.residuals[k - 1], pred + sigma * self.residuals[n - k]
+        pred, (below, above) = np.asarray(pred, float), self.reach(pred, spread)
+        low, high = (pred + r * (below if r < 0 else above) for r in (self.residuals[k - 1], self.residuals[n - k]))
         return np.minimum(np.clip(low, 0, 100), pred), np.maximum(np.clip(high, 0, 100), pred)
 
     def percentile(
@@ -241,35 +258,37 @@ def calibrate(
     val: pd.DataFrame,  # validation pictures: score, pred, pred_std
     cal: pd.DataFrame,  # calibration pictures, used for nothing else: score, pred, pred_std
 ) -> Calibration:
-    "Fit difficulty on validation, take the residuals of the calibration split. ValueError for splits too small."
-    from scipy.optimize import nnls
+    "Fit both sides on validation, take the residuals of the calibration split. ValueError for splits too small."
+    from sklearn.linear_model import QuantileRegressor
 
     for name, split, least in (("validation", val, 10), ("calibration", cal, 19)):
         if len(split) < least:
             raise ValueError(f"{len(split)} {name} pictures: intervals need at least {least}; "
                              "raise val_fraction or cal_fraction")
-    weights = nnls(_difficulty_terms(val.pred, val.pred_std), (val.score - val.pred).abs().to_numpy(float))[0]
-    if weights[0] + weights[2] <= 0:  # crops that agree must not mean certainty
-        weights = np.array([(val.score - val.pred).abs().mean(), 0.0, 0.0])
-    fitted = Calibration(tuple(float(w) for w in weights), ())
-    residuals = (cal.score - cal.pred) / np.maximum(fitted.difficulty(cal.pred, cal.pred_std), 1e-6)
-    return Calibration(fitted.weights, tuple(float(f"{r:.5g}") for r in np.sort(residuals)),
-                       tuple(float(p) for p in np.sort(cal.pred).round(2)))
+    signs = _signs(val.pred, val.pred_std)[:, : 4 if len(val) >= 100 else 1]
+    regression = QuantileRegressor(quantile=0.95, alpha=0, fit_intercept=False, solver="highs")
+    sides = [regression.fit(signs, side * (val.score - val.pred)).coef_.round(5).tolist() for side in (-1, 1)]
+    fitted, error = Calibration(*map(tuple, sides), ()), (cal.score - cal.pred).to_numpy(float)
+    below, above = fitted.reach(cal.pred, cal.pred_std)
+    residuals = np.sort(error / np.where(error < 0, below, above))
+    return replace(fitted, residuals=tuple(float(f"{r:.5g}") for r in residuals),
+                   scores=tuple(float(p) for p in np.sort(cal.pred).round(2)))
 
 # %% ../../nbs/app/scoring.ipynb #d988a993
 def coverage_table(
     predictions: pd.DataFrame,  # score, pred, pred_std
     calibration: Calibration,
     level: float = 0.9,
-    bins: int = 10,             # of equal size by true score
+    bins: int = 10,             # of equal size
+    by: str = "score",          # the column that they are made by: score (true) or pred
 ) -> pd.DataFrame:  # decile ("all", then 1 = worst), n, score, coverage with exact 95 % interval, width (points)
-    "Measure how often the intervals hold the true score, over all and by decile of true score."
+    "Measure how often the intervals hold the true score, over all and by decile."
     import pandas as pd
     from scipy.stats import binomtest
 
     low, high = calibration.interval(predictions.pred, predictions.pred_std, level)
     p = predictions.assign(held=(low <= predictions.score) & (predictions.score <= high), width=high - low)
-    decile = pd.qcut(p.score.rank(method="first"), min(bins, len(p)), labels=False) + 1
+    decile = pd.qcut(p[by].rank(method="first"), min(bins, len(p)), labels=False) + 1
     rows = []
     for name, group in [("all", p), *((int(k), g) for k, g in p.groupby(decile))]:
         ci = binomtest(int(group.held.sum()), len(group)).proportion_ci()  # Clopper-Pearson
