@@ -212,6 +212,10 @@ FACTS |= {
         files=("Train (Images and MOS).csv",),
         folders=("Images",),
     ),
+}
+
+# %% ../nbs/04_sets.ipynb #1907fac7
+FACTS |= {
     "iqt": SetFacts(
         (1, 5),
         371,

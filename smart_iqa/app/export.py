@@ -103,6 +103,7 @@ def model_card(
     limits = _limits(info.pop("limits", {}))
     n_parameters = sum(v.numel() for v in scorer.model.parameters())
     shape = "(squashed)" if p.fit == "squash" else "aspect ratio kept"
+    shape += f", smaller pictures enlarged no further than to {p.least}" if p.least else ""
     intervals = "none: not calibrated"
     if c:
         intervals = f"conformal, from {len(c.residuals)} calibration pictures; they hold for pictures like those"
@@ -191,8 +192,8 @@ def _facts(scorer: Scorer, side: int | None) -> dict[str, str]:
         side=side,
         normalisation=dict(inside_the_graph=True, mean=MEAN, std=STD),
         precision="float32",
-        input="crops: uint8 RGB, channels last; short side of the picture to policy.size, antialiased bilinear; "
-              "the picture's score is the crops' mean",
+        input="crops: uint8 RGB, channels last; short side of the picture to policy.size, or of a smaller one to "
+              "policy.least if that is set, antialiased bilinear; the picture's score is the crops' mean",
     )
     return {k: json.dumps(v) for k, v in facts.items()}
 

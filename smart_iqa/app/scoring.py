@@ -114,6 +114,7 @@ class Policy:
     fit: str = "short"  # short keeps the aspect ratio, squash is the published portrait
     crop: int = 224     # side of a crop in pixels
     crops: int = 20     # 20 on pictures up to about 3:1, more on panoramas; 1: as many as fit side by side
+    least: int | None = None  # short side that smaller pictures are enlarged to, at least the crop; None: size
 
 
 MAX_COLUMNS = 64  # crops along a strip, however long
@@ -137,7 +138,8 @@ def layout(
     local: bool = False,       # crops that overlap by at least half, for a map
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:  # (width, height) resized, tops, lefts
     "Place the crops of a picture after resizing: a grid from border to border."
-    w, h = resized_size(width, height, policy.size, policy.fit)
+    size = min(policy.size, max(policy.least or policy.size, policy.crop, min(width, height)))
+    w, h = resized_size(width, height, size, policy.fit)
     rows, columns = _grid(w, h, policy, local)
 
     def along(length, k):
