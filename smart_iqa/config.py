@@ -266,6 +266,9 @@ def _check_together(cfg: Config):
     "Raise a ValueError where two parameters do not fit together."
     if cfg.crop > cfg.size:
         raise ValueError(f"crop={cfg.crop} is larger than the short side size={cfg.size}: raise size or lower crop")
+    if cfg.zoom * cfg.crop >= cfg.size + 1:
+        raise ValueError(f"zoom={cfg.zoom:g}: crops of {cfg.crop} that are cut so many times larger do not fit into a "
+                         f"short side of {cfg.size}: at most {cfg.size / cfg.crop:g}")
     if cfg.ladder and cfg.frozen:
         raise ValueError("ladder damages crops anew in every epoch, and frozen=True computes features once: "
                          "switch one of them off")

@@ -61,7 +61,8 @@ def compute_features(
 ) -> np.ndarray:            # (len(plan), D) float16, a view of a mapped file
     "Compute the features of every crop of a plan, or find them in the cache."
     bf16 = use_bf16(cfg.amp, device)
-    crops = np.stack([plan.row, plan.top, plan.left, plan.flip, plan.side]).tobytes()
+    sides = [plan.side] if (plan.side != cfg.crop).any() else []
+    crops = np.stack([plan.row, plan.top, plan.left, plan.flip, *sides]).tobytes()
     crops_digest = hashlib.blake2b(crops, digest_size=8).hexdigest()
     key = fingerprint([kind, cache.path.name, weights_digest(model), crops_digest, cfg.crop, bf16], 16)
     path = cache_dir(cfg.cache) / f"features-{key}.npy"

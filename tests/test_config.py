@@ -66,7 +66,13 @@ def test_a_later_parameter_changes_an_id_only_when_it_is_used():
     """Runs of before such a parameter keep their ids; a run that uses it is another run."""
     plain = run_id(make_config("lite"), "table")
     assert plain == run_id(make_config("lite", zoom=1.0, ladder=0.0), "table")
-    assert len({plain, *(run_id(make_config("lite", **v), "table") for v in (dict(zoom=1.5), dict(ladder=1.0)))}) == 3
+    assert len({plain, *(run_id(make_config("lite", **v), "table") for v in (dict(zoom=1.2), dict(ladder=1.0)))}) == 3
+
+
+def test_zoom_must_fit_into_the_picture():
+    assert make_config("lite", size=512, crop=320, zoom=1.6).zoom == 1.6
+    with pytest.raises(ValueError, match="zoom=2: .* at most 1.6"):
+        make_config("lite", size=512, crop=320, zoom=2)
 
 
 @pytest.mark.parametrize("other", [dict(frozen=True), dict(color_jitter=0.1)])

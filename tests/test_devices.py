@@ -33,7 +33,7 @@ CASES = {  # 25 training pictures in batches of 8: the last batch of one picture
     "pairs": dict(loss="rank+5*fidelity", alpha=0.5, margin=2.0),
     "steps": dict(loss="plcc", accumulate=2, ema=0.9, clip=0.5),
     "frozen": dict(frozen=True, loss="plcc"),
-    "ladders": dict(loss="l1", ladder=1.0, ladder_every=3, zoom=1.2),
+    "ladders": dict(loss="l1", crop=48, ladder=1.0, ladder_every=3, zoom=1.3),
 }
 SCRIPT = '''
 import json, os, sys

@@ -60,7 +60,7 @@ def toy(**arguments) -> Scorer:
         torch.nn.functional.mse_loss(model.train()(crops), target).backward()
         optimizer.step()
     return Scorer(
-        model, policy, Calibration((1.0, 0.5, 2.0), (1.0, 0.5, 2.0), tuple(np.linspace(-2, 2, 99))), INFO,
+        model, policy, Calibration((50.0,), (2.5, 0.5), (2.5, 0.5), tuple(np.linspace(-2, 2, 99))), INFO,
         device="cpu", amp="off"
     )
 

@@ -25,8 +25,9 @@ from smart_iqa.devices import note_environment
 from smart_iqa.files import read_lines
 from smart_iqa.frozen import FrozenFeed
 from smart_iqa.lab.runs import open_run, run_folder
+from smart_iqa.losses import ladder_loss
 from smart_iqa.model import HyperIQA, SmartIQA
-from smart_iqa.training import CropFeed, Solver, learning_rates, make_model, predict
+from smart_iqa.training import CropFeed, Solver, ladders_of, learning_rates, make_model, predict
 
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())["models"]
 
@@ -127,7 +128,8 @@ def test_prediction_is_repeatable(trained):
 
 @pytest.mark.parametrize(
     "values, copies",
-    [({}, 0), ({"color_jitter": 0.4}, 0), ({"test_positions": "random"}, 0), ({"ladder": 1.0, "zoom": 1.2}, 40)],
+    [({}, 0), ({"color_jitter": 0.4}, 0), ({"test_positions": "random"}, 0),
+     ({"crop": 48, "ladder": 1.0, "zoom": 1.3}, 40)],
     ids=["plain", "jitter", "random test crops", "ladders"],
 )
 def test_number_of_workers(values, copies, standin):
@@ -152,13 +154,35 @@ def test_workers_do_not_touch_the_generator(standin):
         assert torch.equal(before, torch.get_rng_state()), workers
 
 
-@pytest.mark.parametrize("values", [{}, {"ladder": 1.0, "zoom": 1.2}], ids=["plain", "ladders"])
+@pytest.mark.parametrize("values", [{}, {"crop": 48, "ladder": 1.0, "zoom": 1.3}], ids=["plain", "ladders"])
 def test_rest_of_an_epoch_is_its_tail(values, standin):
     """A resumed epoch sees exactly the crops that the killed one had not seen, and their damaged copies."""
     _, feed, _ = prepare(small_config(standin, train_crops=3, **values))
     whole, rest = list(feed.train_batches(2)), list(feed.train_batches(2, 4))
     assert len(rest) == len(whole) - 4 == len(feed) - 4
     assert all(torch.equal(a, b) and torch.equal(r, s) for (a, r), (b, s) in zip(whole[4:], rest, strict=True))
+
+
+def test_ladders_reach_the_loss(standin, tmp_path, monkeypatch):
+    """The loss gets the levels at which the feed has damaged the crops of that very batch, and the weights feel it."""
+    told, weights = [], []
+
+    def spy(top, rungs, levels, margin):
+        told.append((rungs.detach().clone(), levels))
+        return ladder_loss(top, rungs, levels, margin)
+
+    monkeypatch.setattr(training, "ladder_loss", spy)
+    for ladder in (0.0, 1.0):
+        cfg = small_config(standin, ladder=ladder, epochs=1)
+        _, feed, model = prepare(cfg)
+        (folder := tmp_path / str(ladder)).mkdir()
+        Solver(model, feed, cfg, folder).fit()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    sizes = [len(rows) for _, rows in feed.train_batches(0)]
+    drawn = [ladders_of(cfg, 0, k, n)[2].tolist() for k, n in enumerate(sizes)]
+    assert [levels.tolist() for _, levels in told] == drawn
+    assert all(rungs.shape == levels.shape and len(rungs) for rungs, levels in told)
+    assert not torch.equal(*weights)
 
 
 def test_bf16_is_close_to_fp32(trained):

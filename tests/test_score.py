@@ -54,7 +54,7 @@ def make_toy(seed: int = 0, name: str = "toy") -> Scorer:
     return Scorer(
         model,
         Policy(64, "short", 32, 2),
-        Calibration((2.0, 0.5, 1.0), (2.0, 0.5, 1.0), tuple(np.linspace(-2, 2, 99))),
+        Calibration((50.0,), (2.5, 0.5), (2.5, 0.5), tuple(np.linspace(-2, 2, 99))),
         dict(name=name),
         device="cpu",
     )

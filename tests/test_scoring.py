@@ -45,7 +45,7 @@ def small():
     return Scorer(
         model,
         Policy(64, "short", 32, 2),
-        Calibration((2.0, 0.5, 1.0), (2.0, 0.5, 1.0), tuple(np.linspace(-2, 2, 99))),
+        Calibration((50.0,), (2.5, 0.5), (2.5, 0.5), tuple(np.linspace(-2, 2, 99))),
         dict(name="small"),
         device="cpu",
         amp="off",

@@ -192,8 +192,9 @@ def _facts(scorer: Scorer, side: int | None) -> dict[str, str]:
         side=side,
         normalisation=dict(inside_the_graph=True, mean=MEAN, std=STD),
         precision="float32",
-        input="crops: uint8 RGB, channels last; short side of the picture to policy.size, or of a smaller one to "
-              "policy.least if that is set, antialiased bilinear; the picture's score is the crops' mean",
+        input="crops: uint8 RGB, channels last; short side of the picture to policy.size, antialiased bilinear "
+              "(policy.least, if set: a picture below policy.size is enlarged only where it is below policy.least); "
+              "the picture's score is the crops' mean",
     )
     return {k: json.dumps(v) for k, v in facts.items()}
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd  # takes some tenths of a second: a function that makes a table imports it
 
 # %% auto #0
-__all__ = ['MAX_COLUMNS', 'LEAST', 'ROOM', 'STAGES', 'as_image', 'as_list', 'Policy', 'layout', 'crops_made', 'cut',
+__all__ = ['MAX_COLUMNS', 'NARROWEST', 'KNOTS', 'ROOM', 'STAGES', 'as_image', 'as_list', 'Policy', 'layout', 'crops_made', 'cut',
            'Calibration', 'calibrate', 'coverage_table', 'Preference', 'Score', 'ModelRules', 'PictureScorer',
            'preference_of', 'compare_scores', 'compare', 'in_colour', 'QualityMap', 'quality_map', 'in_words',
            'quality_figure']
@@ -183,12 +183,6 @@ def cut(
     return np.stack([np.asarray(img.resize((c, c), Image.Resampling.BILINEAR, box=b)) for b in boxes])
 
 # %% ../../nbs/app/scoring.ipynb #dc4b538d
-def _signs(pred: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    "Stack what errors are estimated from, (N, 4): one, the spread of the crops, the room to err, the score."
-    pred, spread = np.asarray(pred, float), np.nan_to_num(np.asarray(spread, float))
-    return np.stack([np.ones_like(pred), spread, np.clip(pred * (100 - pred), 0, None) / 2500, pred / 100], 1)
-
-
 def _order(level: float, n: int) -> int:
     "Find k: an interval of this level runs from the k-th smallest to the k-th largest of n residuals."
     if not 0 < level < 1:
@@ -201,31 +195,37 @@ def _order(level: float, n: int) -> int:
     return k
 
 # %% ../../nbs/app/scoring.ipynb #calib001
-LEAST = 0.5  # points: no error is expected to be smaller
+NARROWEST = 1.0  # points: no side of an interval is taken to be smaller before calibration
 
 
 @dataclass(frozen=True)
 class Calibration:
     "Hold what a model has learned about its own errors; `asdict` of it is plain JSON."
-    below: tuple[float, ...]      # weights of how far the truth may lie below: constant, spread, room, score
-    above: tuple[float, ...]      # the same above; later weights may be missing
+    knots: tuple[float, ...]      # rising scores at which the reach is known
+    below: tuple[float, ...]      # how far the truth may lie below them, points; last: what a point of spread adds
+    above: tuple[float, ...]      # the same above
     residuals: tuple[float, ...]  # sorted (score - pred) of the calibration pictures, in units of `reach`
     scores: tuple[float, ...] = ()  # sorted scores that the model gives to the calibration pictures
 
     @classmethod
     def from_card(cls, stored: dict) -> Calibration:
-        "Read what a model's card holds; cards of before have one list of weights for both sides."
+        "Read what a model's card holds; cards of before have one curve, constant + spread + room, for both sides."
         stored = {k: tuple(v) for k, v in stored.items()}
-        both = stored.pop("weights", None)
-        return cls(**(stored if both is None else dict(below=both, above=both) | stored))
+        if "weights" in stored:
+            constant, spread, room = stored.pop("weights")
+            knots = tuple(float(k) for k in range(0, 101, 5))
+            curve = (*(constant + room * k * (100 - k) / 2500 for k in knots), spread)
+            stored |= dict(knots=knots, below=curve, above=curve)
+        return cls(**stored)
 
     def reach(self, pred: np.ndarray, spread: np.ndarray) -> list[np.ndarray]:
-        "Estimate how far the truth may lie below and above, points, (N,) each."
-        signs = _signs(pred, spread)
-        return [np.maximum(signs[:, : len(w)] @ np.asarray(w), LEAST) for w in (self.below, self.above)]
+        "Estimate how far the truth may lie below and above, points, (N,) each, before calibration."
+        spread = np.nan_to_num(np.asarray(spread, float))
+        return [np.maximum(np.interp(pred, self.knots, side[:-1]) + side[-1] * spread, NARROWEST)
+                for side in (self.below, self.above)]
 
     def difficulty(self, pred: np.ndarray, spread: np.ndarray) -> np.ndarray:
-        "Estimate the size of the error in points, (N,)."
+        "Estimate how hard pictures are to judge: the mean of both reaches, points, (N,)."
         return sum(self.reach(pred, spread)) / 2
 
     @property
@@ -256,21 +256,39 @@ class Calibration:
         return float(50 * (below + upto) / len(self.scores))
 
 # %% ../../nbs/app/scoring.ipynb #4bdb4564
+KNOTS = (20.0, 40.0, 60.0, 80.0)
+
+
+def _reach_of(
+    error: np.ndarray,   # (N,) points
+    pred: np.ndarray,    # (N,)
+    spread: np.ndarray,  # (N,)
+    knots: tuple[float, ...],
+) -> tuple[float, ...]:  # at the knots, then of the spread
+    "Fit values, none negative, that 95 % of the errors stay below: quantile regression as a linear programme."
+    from scipy.optimize import linprog
+    from scipy.sparse import eye_array, hstack
+
+    hats = [np.interp(pred, knots, one) for one in np.eye(len(knots))]  # each is 1 at its knot, 0 at the others
+    terms, n = np.column_stack([*hats, np.nan_to_num(np.asarray(spread, float))]), len(error)
+    costs = np.r_[np.zeros(terms.shape[1]), np.full(n, 0.95), np.full(n, 0.05)]  # of errors above and below the line
+    found = linprog(costs, A_eq=hstack([terms, eye_array(n), -eye_array(n)]), b_eq=error, bounds=(0, None))
+    return tuple(float(f"{w:.5g}") for w in found.x[: terms.shape[1]])
+
+
 def calibrate(
     val: pd.DataFrame,  # validation pictures: score, pred, pred_std
     cal: pd.DataFrame,  # calibration pictures, used for nothing else: score, pred, pred_std
 ) -> Calibration:
     "Fit both sides on validation, take the residuals of the calibration split. ValueError for splits too small."
-    from sklearn.linear_model import QuantileRegressor
-
-    for name, split, least in (("validation", val, 10), ("calibration", cal, 19)):
-        if len(split) < least:
-            raise ValueError(f"{len(split)} {name} pictures: intervals need at least {least}; "
+    for name, split, enough in (("validation", val, 10), ("calibration", cal, 19)):
+        if len(split) < enough:
+            raise ValueError(f"{len(split)} {name} pictures: intervals need at least {enough}; "
                              "raise val_fraction or cal_fraction")
-    signs = _signs(val.pred, val.pred_std)[:, : 4 if len(val) >= 100 else 1]
-    regression = QuantileRegressor(quantile=0.95, alpha=0, fit_intercept=False, solver="highs")
-    sides = [regression.fit(signs, side * (val.score - val.pred)).coef_.round(5).tolist() for side in (-1, 1)]
-    fitted, error = Calibration(*map(tuple, sides), ()), (cal.score - cal.pred).to_numpy(float)
+    knots = KNOTS if len(val) >= 100 else (50.0,)
+    errors = (val.score - val.pred).to_numpy(float)
+    sides = [_reach_of(side * errors, val.pred, val.pred_std, knots) for side in (-1, 1)]
+    fitted, error = Calibration(knots, *sides, ()), (cal.score - cal.pred).to_numpy(float)
     below, above = fitted.reach(cal.pred, cal.pred_std)
     residuals = np.sort(error / np.where(error < 0, below, above))
     return replace(fitted, residuals=tuple(float(f"{r:.5g}") for r in residuals),
