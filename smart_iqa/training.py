@@ -24,8 +24,8 @@ from torch.optim.swa_utils import AveragedModel
 from .config import Config, seed_everything
 from .cpu import for_scoring
 from .crops import CropPlan, PixelCache, crop_batches, grid_plan, jitter, normalise, random_plan, share
-from .distortions import distort, draw_ladders
 from .devices import Devices, keep_memory, learning_norms, note_environment, pick_device, use_bf16
+from .distortions import distort, draw_ladders
 from .files import append_line, move, one_ahead, read_lines, replacing, track, write_lines
 from .losses import get_loss, ladder_loss
 from .metrics import evaluate

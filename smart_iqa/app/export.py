@@ -103,7 +103,7 @@ def model_card(
     limits = _limits(info.pop("limits", {}))
     n_parameters = sum(v.numel() for v in scorer.model.parameters())
     shape = "(squashed)" if p.fit == "squash" else "aspect ratio kept"
-    shape += f", smaller pictures enlarged no further than to {p.least}" if p.least else ""
+    shape += f", smaller pictures enlarged only where they are below {p.least}" if p.least else ""
     intervals = "none: not calibrated"
     if c:
         intervals = f"conformal, from {len(c.residuals)} calibration pictures; they hold for pictures like those"
