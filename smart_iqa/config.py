@@ -159,6 +159,7 @@ class LossFields:
     teacher_weight: FractionOrZero = param(0.5, "weight of the teacher in the training target; the rest is the score")
     ladder: NotNegative = param(0.0, "weight of the ladder loss: damaged copies of training crops must score lower")
     ladder_margin: NotNegative = param(5.0, "points that a level of damage (of five) must cost a picture of score 100")
+    ladder_most: NotNegative = param(15.0, "points that a level of damage may cost it")
     ladder_every: Count = param(4, "one in so many training crops gets damaged copies")
 
 # %% ../nbs/00_config.ipynb #3d29a5ff
@@ -346,7 +347,7 @@ def content(
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-ADDED = ("zoom", "ladder", "ladder_margin", "ladder_every")  # after runs had ids: at their defaults they change none
+ADDED = ("zoom", "ladder", "ladder_margin", "ladder_most", "ladder_every")  # after runs had ids: at their defaults they change none
 
 
 def run_id(

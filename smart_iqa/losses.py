@@ -184,13 +184,16 @@ def ladder_loss(
     rungs: torch.Tensor,   # (K, n) predictions of their damaged copies, in rising order of damage
     levels: torch.Tensor,  # (K, n) levels of damage, above 0
     margin: float = 5.0,   # points per level that a picture of score 100 must lose
+    most: float = 15.0,    # points per level that it may lose
 ) -> torch.Tensor:         # scalar, points
-    "Compute how much the steps of ladders fall short of what damage has to cost, on average."
+    "Compute how far the rungs of ladders are from costing what damage has to cost and may cost, on average."
     top, rungs = top.detach().float(), rungs.float()
     levels = levels.to(rungs)
-    steps = torch.cat([levels[:, :1], levels.diff(dim=1)], 1) * (margin * top.clamp(0, 100) / 100)[:, None]
+    share = (top.clamp(0, 100) / 100)[:, None]
+    steps = torch.cat([levels[:, :1], levels.diff(dim=1)], 1) * margin * share
     falls = torch.cat([top[:, None], rungs[:, :-1]], 1) - rungs
-    return F.relu(steps - falls).mean()
+    lost = top[:, None] - rungs
+    return (F.relu(steps - falls) + F.relu(lost - levels * most * share)).mean()
 
 # %% ../nbs/11_losses.ipynb #488e98e4
 LOSSES = {

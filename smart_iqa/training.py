@@ -338,7 +338,8 @@ def _split_ladders(solver: Solver, scores: torch.Tensor, n: int) -> tuple[torch.
     if not len(at):
         return own, own.sum() * 0
     part = len(at) / math.ceil(n / cfg.ladder_every)  # the parts of all processes add up to the mean over the batch
-    return own, cfg.ladder * part * ladder_loss(own[at], rungs, torch.from_numpy(levels), cfg.ladder_margin)
+    cost = ladder_loss(own[at], rungs, torch.from_numpy(levels), cfg.ladder_margin, cfg.ladder_most)
+    return own, cfg.ladder * part * cost
 
 
 def add_gradients(

@@ -167,9 +167,10 @@ def test_ladders_reach_the_loss(standin, tmp_path, monkeypatch):
     """The loss gets the levels at which the feed has damaged the crops of that very batch, and the weights feel it."""
     told, weights = [], []
 
-    def spy(top, rungs, levels, margin):
+    def spy(top, rungs, levels, *limits):
+        assert limits == (5.0, 15.0)  # points per level, at least and at most
         told.append((rungs.detach().clone(), levels))
-        return ladder_loss(top, rungs, levels, margin)
+        return ladder_loss(top, rungs, levels, *limits)
 
     monkeypatch.setattr(training, "ladder_loss", spy)
     for ladder in (0.0, 1.0):

@@ -107,6 +107,10 @@ def test_facts():
         "bid": 586,
         "biq2021": 12000,
         "iqt": 371,
+        "flive": 39810,
+        "uhd-iqa": 6073,
+        "piq23": 5116,
+        "ava": 255530,
     }
     assert {n: f.scale for n, f in FACTS.items() if n != "csv"} == {
         "koniq-10k": (0, 100),
@@ -120,6 +124,10 @@ def test_facts():
         "bid": (0, 5),
         "biq2021": (0, 1),
         "iqt": (1, 5),
+        "flive": (0, 100),
+        "uhd-iqa": (0, 1),
+        "piq23": (-8, 6),
+        "ava": (1, 10),
         "demo": (0, 100),
     }
     table = facts_table()
@@ -748,6 +756,78 @@ def test_iqt(tmp_path, folder):
     assert list(table.ref) == ["dancers.avi", "dancers.avi", "a_3840x2160.mkv"]
     (tmp_path / f"{folder}images/{names[1]}.png").unlink()
     told("iqt", tmp_path, "1 images", f"{names[1]}.png: no such file")
+
+
+# --- FLIVE, UHD-IQA, PIQ23, AVA
+
+def test_flive(tmp_path):
+    """As its authors hand it on: subfolders in the names, and two files for the official split."""
+    names = ["voc_emotic_ava/AVA__149.jpg", "voc_emotic_ava/EMOTIC__a.jpg", "blur_dataset/motion0044.jpg"]
+    fill(tmp_path, [f"database/{n}" for n in names])
+    (tmp_path / "labels_image.csv").write_text("name,mos\n" + "".join(f"{n},{m}\n" for n, m in zip(names, (60, 0, 75))))
+    table = load("flive", tmp_path)
+    assert list(table.image) == [f"database/{n}" for n in names]
+    assert list(table.score) == [60, 0, 75]
+    told("flive", tmp_path, "official split", "labels640.csv", "split='random'", split="official")
+    (tmp_path / "labels640.csv").write_text(f"mos_patch_1,name_image\n70,{names[1]}\n")
+    told("flive", tmp_path, "labels=640_padded.csv", split="official")
+    rows = f"{names[0]},False\n{names[2]},True\n"
+    (tmp_path / "labels=640_padded.csv").write_text(f"name_image,is_valid\n{rows}")
+    assert list(raw("flive", tmp_path).split) == ["train", "test", "val"]
+    (tmp_path / "labels640.csv").rename(tmp_path / "labels>640.csv")  # its other name
+    assert list(raw("flive", tmp_path).split) == ["train", "test", "val"]
+
+
+@pytest.mark.parametrize("places", [("training", "validation", "test"), ("images",) * 3, (".",) * 3])
+def test_uhd(tmp_path, places):
+    """In three folders, in one, or in the folder itself."""
+    files = [f"{place}/{i}.jpg" for i, place in enumerate(places)]
+    fill(tmp_path, files)
+    rows = "".join(f"{i}.jpg,0.{i + 1},{s},\n" for i, s in enumerate(("training", "validation", "test")))
+    path = tmp_path / "uhd-iqa-metadata.csv"
+    path.write_text(f"image_name,quality_mos,set,subset\n{rows}")
+    table = load("uhd-iqa", tmp_path)
+    assert [(tmp_path / image).is_file() for image in table.image] == [True] * 3
+    np.testing.assert_allclose(table.score, [10, 20, 30])
+    assert list(raw("uhd-iqa", tmp_path).split) == ["train", "val", "test"]
+    edit(path, "validation", "valid")
+    told("uhd-iqa", tmp_path, "row 2", "'valid'", "training, validation, test")
+
+
+def test_piq23(tmp_path):
+    """Scenes stay together, fifteen are the official test, and names in other letters tell their scene too."""
+    scenes = ["Indoor_Scene_0", "Indoor_Scene_1", "Night_Scene_31", "Lowlight_Scene_14"]
+    names = [f"{i}_{scene}.{'JPG' if i else 'tiff'}" for i, scene in enumerate(scenes)]
+    fill(tmp_path, [f"Overall/{n}" for n in names])
+    fill(tmp_path, [f"Details/{n}" for n in names])  # other crops under the same names
+    rows = "".join(f"Overall\\{n},{j},0.7,{n},{s}\n" for n, j, s in zip(names, (-8, -1, 6, 0), scenes))
+    (tmp_path / "Scores_Overall.csv").write_text(f"IMAGE PATH,JOD,JOD STD,IMAGE,SCENE\n{rows}")
+    table = raw("piq23", tmp_path)
+    assert list(table.image) == [f"Overall/{n}" for n in names]
+    assert list(table.split) == ["train", "test", "test", "train"]
+    assert list(table.ref) == [s.lower() for s in scenes]
+    np.testing.assert_allclose(table["std"], 5)
+    np.testing.assert_allclose(load("piq23", tmp_path).score, [0, 50, 100, 800 / 14])
+
+
+def test_ava(tmp_path):
+    """The label is the mean vote; a line that is no row of votes is named."""
+    fill(tmp_path, ["images/953619.jpg", "images/953958.jpg"])
+    path = tmp_path / "AVA.txt"
+    path.write_text("1 953619 0 1 5 17 38 36 15 6 5 1 1 22 1396\n2 953958 10 7 15 26 26 21 10 8 1 2 1 21 1396\n")
+    table = load("ava", tmp_path)
+    np.testing.assert_allclose(table.mos, [699 / 124, 592 / 126])
+    votes = np.repeat(np.arange(1, 11), [0, 1, 5, 17, 38, 36, 15, 6, 5, 1])
+    np.testing.assert_allclose(table["std"].iloc[0], votes.std() * 100 / 9)
+    told("ava", tmp_path, "generic_test.jpgl", "split='random'", split="official")
+    (tmp_path / "aesthetics_image_lists").mkdir()
+    (tmp_path / "aesthetics_image_lists" / "generic_test.jpgl").write_text("953958\n")
+    assert list(raw("ava", tmp_path).split) == ["train", "test"]
+    for bad in ("3 1 0 0 0 0 0 0 0 0 0 0 1 1 1", "3 1 0 0 0 1 0 0", "3 x 0 1 5 17 38 36 15 6 5 1 1 22 1396"):
+        old = path.read_text()
+        path.write_text(f"{old}\n{bad}\n")
+        told("ava", tmp_path, "line 4", "ten counts of votes")
+        path.write_text(old)
 
 
 # --- a set of one's own
