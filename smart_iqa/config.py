@@ -347,7 +347,8 @@ def content(
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-ADDED = ("zoom", "ladder", "ladder_margin", "ladder_most", "ladder_every")  # after runs had ids: at their defaults they change none
+# fields that came after runs had ids: at their defaults they change none
+ADDED = ("zoom", "ladder", "ladder_margin", "ladder_most", "ladder_every")
 
 
 def run_id(

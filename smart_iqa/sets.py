@@ -840,7 +840,8 @@ def read_uhd(root: Path, cfg: Config) -> pd.DataFrame:
     path = _label_file("uhd-iqa", root)
     t = _columns(read_labels(path), path, name="image_name", mos="quality_mos", split="set")
     if len(bad := np.flatnonzero(~t.split.isin(_SETS))):
-        raise DataError(f"{path}: row {t.index[bad[0]] + 1}: set {t.split.iloc[bad[0]]!r} is none of {', '.join(_SETS)}")
+        row, found = t.index[bad[0]] + 1, t.split.iloc[bad[0]]
+        raise DataError(f"{path}: row {row}: set {found!r} is none of {', '.join(_SETS)}")
     return _assemble("uhd-iqa", root, t.assign(split=t.split.map(_SETS)), path)
 
 
@@ -858,8 +859,8 @@ def read_ava(root: Path, cfg: Config) -> pd.DataFrame:
     lines = [(number, line.split()) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     for number, words in lines:
         if len(words) != 15 or not all(w.isdecimal() for w in words) or not any(int(w) for w in words[2:12]):
-            raise DataError(f"{path}: line {number}: is not an index, a photograph's number, ten counts of votes (one of "
-                            "them above 0), two tags and a challenge. Take the file as it was published")
+            raise DataError(f"{path}: line {number}: is not an index, a photograph's number, ten counts of votes (one "
+                            "of them above 0), two tags and a challenge. Take the file as it was published")
     numbers = np.array([words for _, words in lines], dtype=np.int64).reshape(-1, 15)
     share = numbers[:, 2:12] / numbers[:, 2:12].sum(1, keepdims=True)  # (N, 10), of the votes 1-10
     mos, k = share @ np.arange(1, 11), np.arange(1, 11)
