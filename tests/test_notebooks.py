@@ -27,6 +27,8 @@ def name_of(path: Path) -> str:
 
 FOLDERS = ("", "lab", "app", "tutorials", "results")
 LIBRARY = [p for folder in FOLDERS for p in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
+# a tutorial trains models and tests nothing that its library notebooks do not
+RUNS = [pytest.param(p, marks=pytest.mark.slow) if p.parent.name == "tutorials" else p for p in LIBRARY]
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 SOURCE = {name_of(p): nbformat.read(p, 4) for p in LIBRARY + EXPERIMENTS}
 
@@ -37,7 +39,7 @@ def forking():
     return kernels.start()
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_runs_top_to_bottom(path, tmp_path, forking):
     """As in JupyterLab's "restart and run all": a process of its own, the notebook's folder, no order but its own; its
     temporary files go with it."""

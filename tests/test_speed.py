@@ -92,7 +92,7 @@ def test_policies(tmp_path):
     """A trial on few pictures compares and writes nothing into the model, although it is told where."""
     file = ROOT / "smart_iqa" / "weights" / "smart-lite.safetensors"
     before = file.read_bytes()
-    evaluation = next((ROOT / "nbs" / "results" / "embedded").glob("evaluate-*"))
+    evaluation = next((ROOT / "nbs" / "results" / "embedded" / "first").glob("evaluate-*"))
     few = dict(candidates="512-320-1,512-320-3", draws=50, limit=24)
     record = record_of(
         "policies", tmp_path, evaluation=str(evaluation), root=str(DATA / "biq2021"), write=str(file), **few
