@@ -236,7 +236,8 @@ def _read(path: Path) -> tuple[dict, dict]:
     return state, {}
 
 # %% ../nbs/10_model.ipynb #2dc0f391
-PACKAGED = {"smart-lite": "smart-lite.safetensors"}  # models that come with this package, in its folder weights
+# models that come with this package, in its folder weights; smart-lite-1 is the first model
+PACKAGED = {name: f"{name}.safetensors" for name in ("smart-lite", "smart-lite-1")}
 
 
 def find_checkpoint(

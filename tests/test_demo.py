@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -102,6 +103,20 @@ def test_evaluate_reproduces_the_run(demo, cache, tmp_path):
     a, b = read_run(folder)["predictions"], read_run(done)["predictions"]
     both = a[a.split == "test"].merge(b, on="image")
     assert len(both) == len(b) and (both.pred_x - both.pred_y).abs().max() < 0.01
+
+
+@pytest.mark.slow
+def test_evaluate_at_a_size_that_training_crops_do_not_fit(demo, cache, tmp_path):
+    """What training crops need is no condition of scoring: a run with `zoom` is evaluated at a smaller size."""
+    source = next(demo[1].glob("demo/*/"))
+    folder = shutil.copytree(source, tmp_path / "zoomed")
+    config = json.loads((folder / "config.json").read_text())
+    zoomed = config | dict(zoom=config["size"] / config["crop"])
+    (folder / "config.json").write_text(json.dumps(zoomed))
+    smaller = dict(checkpoint=str(folder), cache=cache, size=config["crop"], test_crops=1)
+    with without_kernels():
+        done = execute("evaluate", smaller, out=tmp_path, echo=None)
+    assert read_run(done)["policy"]["size"] == config["crop"]
 
 
 @pytest.mark.slow

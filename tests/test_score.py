@@ -1254,7 +1254,7 @@ def test_a_closed_stdin(photos, run, monkeypatch):
 def test_a_number_of_crops_that_is_not_made_is_said_once(tmp_path, capsys):
     for name in ("a.png", "b.png"):
         PHOTO.save(tmp_path / name)
-    main(["score", str(tmp_path), "--crops", "2"])
+    main(["score", str(tmp_path), "--model", "smart-lite-1", "--crops", "2"])
     err = capsys.readouterr().err
     assert err.count("2 crops: a photograph of 3:2 gets 3; it gets 3 where asked for that") == 1
     assert "UserWarning" not in err

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_image
 
 import smart_iqa
 from smart_iqa.app.engines import Scorer, card_of, create_scorer, save_scorer
@@ -331,6 +332,14 @@ def test_engines_agree_on_fifty_pictures(scorer):
     by_onnx = create_scorer("smart-lite", device="cpu", engine="onnxruntime")
     assert np.abs(by_onnx(pictures) - scorer(pictures)).max() < 0.01
     assert by_onnx.id.rpartition("/")[0] == scorer.id.rpartition("/")[0] and by_onnx.id != scorer.id
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_the_first_model_can_be_had_by_name(engine):
+    """What it said when it was the packaged model."""
+    first = create_scorer("smart-lite-1", device="cpu", engine=engine)
+    assert first.info["version"] == "1.1"
+    assert first(load_sample_image("china.jpg")) == pytest.approx(75.017, abs=0.01)
 
 
 def test_bf16_is_asked_of_an_engine_that_has_it():
