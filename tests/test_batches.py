@@ -258,6 +258,7 @@ def small_notebook(path, *cells):
     return str(path)
 
 
+@pytest.mark.slow
 def test_every_run_starts_once(tmp_path):
     """Two drivers, one of them with a worker, want the same four runs: each is executed by one of them."""
     diary = tmp_path / "diary"
@@ -465,6 +466,7 @@ def false_clock(clock):
 needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (Debian: faketime)")
 
 
+@pytest.mark.slow
 @needs_faketime
 def test_a_clock_that_jumps(standin, tmp_path):
     """Days forwards and backwards while a run trains: resume points go on, times stay sane, and the numbers are

@@ -156,6 +156,7 @@ def pairs(tmp_path_factory, standin):
     return root, start(script, json.dumps([str(two["stopped"])]), *two.values(), launcher="accelerate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(case, pairs):
     """Loss, validation and learning rates of every epoch, to 1e-4, for every kind of loss."""
@@ -166,6 +167,7 @@ def test_two_processes_train_as_one(case, pairs):
     assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["l1", "frozen"])
 @pytest.mark.parametrize("split, crops", [("val", 3), ("test", 1)])
 def test_each_picture_is_scored_once(case, split, crops, pairs):
@@ -179,6 +181,7 @@ def test_each_picture_is_scored_once(case, split, crops, pairs):
         assert np.allclose(told[["pred", "pred_std"]], expected[["pred", "pred_std"]], atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_learning_batch_norms_are_said(pairs):
     """Once in the output and in the run's environment; where there are none, nothing is said."""
     root, said = pairs
@@ -190,6 +193,7 @@ def test_learning_batch_norms_are_said(pairs):
     assert "processes" not in json.loads((root / "one" / "l1" / "environment.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_then_one(pairs):
     """A run that two processes left in its second epoch ends as one that was never stopped, and says what changed."""
     folder = pairs[0] / "two" / "stopped"
@@ -199,6 +203,7 @@ def test_two_processes_then_one(pairs):
     assert json.loads((folder / "environment.json").read_text())["resumed"] == [{"processes": 1}]
 
 
+@pytest.mark.slow
 def test_one_process_then_two(pairs):
     """A run that one process left after two batches."""
     folder = pairs[0] / "two" / "begun"
@@ -213,6 +218,7 @@ def wait_for(what, seconds=120):
     return found
 
 
+@pytest.mark.slow
 def test_killed_processes(pairs, standin):
     """kill -9 of one of two ends the launch, which names the signal; kill -9 of torchrun ends both; the same line
     resumes the run each time."""
@@ -252,6 +258,7 @@ def failing(*words):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_the_error_says_what_a_process_said(pairs, standin):
     """A diverging run ends both processes, with the sentence that one process alone would have said."""
     folder = opened(pairs[0] / "diverges", standin, **CASES["l1"] | dict(threads=1, lr=1e30, clip=0.0))
@@ -259,6 +266,7 @@ def test_the_error_says_what_a_process_said(pairs, standin):
     assert "Diverged: " in error and "lower lr" in error and str(folder) in error and not is_held(folder)
 
 
+@pytest.mark.slow
 def test_a_held_folder_is_refused(pairs, standin):
     """Two launches do not train one run: the second says why, and changes nothing."""
     folder = opened(pairs[0] / "held", standin, **CASES["l1"])

@@ -170,7 +170,11 @@ def test_batch_is_free(small, small_file, photos):
 
 @pytest.mark.parametrize(
     "arguments",
-    [dict(head="plain"), dict(use_attention=False), dict(use_attention=False, use_multiscale=False)],
+    [
+        dict(head="plain"),
+        pytest.param(dict(use_attention=False), marks=pytest.mark.slow),
+        pytest.param(dict(use_attention=False, use_multiscale=False), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_every_kind_of_head(arguments, tmp_path, photos):
@@ -194,6 +198,7 @@ def test_file_says_what_it_is(small, small_file):
     assert not any(word in raw for word in (b"site-packages", os.getcwd().encode()))
 
 
+@pytest.mark.slow
 def test_same_file_every_time(small, small_file, monkeypatch, tmp_path):
     """A second export has the first one's bytes; one that fails the check leaves what was there."""
     written = []

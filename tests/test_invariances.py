@@ -239,6 +239,7 @@ print(json.dumps(Solver(model, feed, cfg, sys.argv[3]).fit()))
 """
 
 
+@pytest.mark.slow
 def test_run_killed_at_random_equals_a_whole_run(standin, tmp_path):
     """SIGKILL, twice, at a random time; after the last restart weights and journal are those of a run that nobody
     touched."""

@@ -653,7 +653,7 @@ def test_a_model_without_calibration(photos, toy):
 
 
 @posix
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_kill_9(kind, tmp_path, monkeypatch, model_file, run):
     """A killed run goes on, and its table is that of an undisturbed one."""
     monkeypatch.chdir(tmp_path)
