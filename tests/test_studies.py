@@ -166,7 +166,7 @@ def test_the_report_asks_for_the_same_list():
 
 
 def test_sizes_of_splits_are_numbers():
-    assert split_sizes(job_config(study_runs("main", "lite")[0])) == dict(train=9000, val=1000, test=2000)
+    assert split_sizes(job_config(study_runs("main", "lite")[0])) == dict(train=3000, val=1000, test=2000)
     random = replace(job_config(study_runs("main", "paper")[0]), split="random")
     assert split_sizes(random)["test"] == round(0.2 * 10073)
 

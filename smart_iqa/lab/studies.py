@@ -31,12 +31,15 @@ RECIPES = {  # parameters of `train`
         profile="demo", frozen=True, size=144, crop=128, train_crops=1, val_crops=2, test_crops=4, epochs=4,
         baseline=False,
     ),
-    "lite": dict(profile="lite", frozen=True, train_crops=1, val_crops=4, test_crops=9, epochs=4, baseline=False),
+    "lite": dict(
+        profile="lite", frozen=True, limit=3000, size=320, crop=160, train_crops=1, val_crops=1, test_crops=4, epochs=3,
+        baseline=False,
+    ),
     "paper": dict(profile="paper"),
 }
 TUNED = {  # what is different where the whole network is trained
     "demo": dict(frozen=False, epochs=2),
-    "lite": dict(frozen=False, epochs=2, limit=1200),
+    "lite": dict(frozen=False, epochs=2, limit=1500),
     "paper": {},
 }
 SEEDS = {"demo": (0, 1), "lite": (0, 1, 2), "paper": (0, 1, 2)}
@@ -122,18 +125,29 @@ SIZES = {  # what is small and what is large, by profile
 }
 
 
+_LAST, _NO_GATE = dict(use_multiscale=False, use_attention=False), dict(use_attention=False)
+
+
 def _ablation(hyperiqa: dict) -> dict:
     return {
         "+ gate (full model)": {},
         "HyperIQA (ResNet-50)": hyperiqa,
-        "backbone, last stage alone": dict(use_multiscale=False, use_attention=False),
-        "+ AFA": dict(use_attention=False),
+        "backbone, last stage alone": _LAST,
+        "+ AFA": _NO_GATE,
         "AFA of the paper's text": dict(head="projected"),
         "plain regressor, no hyper net": dict(head="plain"),
     }
 
 
 _HYPERIQA = dict(method="hyperiqa")
+_LADDER = ("+ gate (full model)", "HyperIQA (ResNet-50)", "backbone, last stage alone", "+ AFA",
+           "plain regressor, no hyper net")
+_TUNED_LADDER = {"+ gate (full model)": ("main", "SMART-IQA")} | {a: _ablation(_HYPERIQA)[a] for a in _LADDER[1:]}
+_ABLATION_TUNED = dict(
+    demo={a: _TUNED_LADDER[a] for a in ("+ gate (full model)", "+ AFA")},
+    lite=_TUNED_LADDER,
+    paper={a: ("ablation", a) for a in _LADDER},  # which trains whole networks itself
+)
 _DOMAINS = {  # parts of the profile's own set, by a pattern of image paths
     "lite": {k: dict(include=f"*/{k}*") for k in ("ss01", "ss02", "ss03")},
     "demo": {k: dict(include=f"*-{k}-*") for k in ("blur", "jpeg")},
@@ -142,10 +156,12 @@ _DOMAINS = {  # parts of the profile's own set, by a pattern of image paths
 _add(
     Study("main", "How well does the model rank pictures that it has not seen?", "Table I", _each({"SMART-IQA": {}}),
           "test_clean", tuned=True, title="Main training",
-          changes=dict(demo=dict(baseline=True), lite=dict(limit=0, baseline=True), paper=dict(baseline=True))),
+          changes=dict(demo=dict(baseline=True), lite=dict(limit=3000, baseline=True), paper=dict(baseline=True))),
     Study("ablation", "What is owed to backbone, AFA, gate and hyper network?", "Table II, Fig. 3",
           dict(demo=_ablation(_HYPERIQA), lite=_ablation(_HYPERIQA), paper=_ablation(PROFILES["hyperiqa"])),
           "test_clean", title="Ablation", published=("smart-paper",)),
+    Study("ablation_tuned", "Do whole networks agree?", "Table II", _ABLATION_TUNED, "test_clean", tuned=True,
+          changes=dict(lite=dict(limit=3000)), title="Ablation of whole networks", shown_in="ablation"),
     Study("cross_dataset", "Does it hold where it was not trained?", "Table III", _DOMAINS, "test_clean",
           takes="domains", published=("smart-paper",)),
     Study("variants", "What does a larger backbone buy?", "Table IV, Fig. 4", SIZES, "test_clean",
@@ -206,7 +222,7 @@ _add(
           title="Stochastic depth, whole networks", shown_in="regularization"),
     Study("crops", "How many crops, and of what?", "settings of the code", dict(
               demo=_crops(1, 9, (192, 128)),
-              lite=_crops(1, 16, (256, 224), (512, 320)),
+              lite=_crops(1, 9, (224, 160), (448, 224)),
               paper=_crops(1, 25, (256, 224), (512, 384))), title="Crops and resolution"),
 )
 
