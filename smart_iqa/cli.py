@@ -486,6 +486,10 @@ class Runs:
         "show what these runs have different; the beginning of a name is enough"))] = None
     csv: option(Text | None, "write all columns", "FILE") = None
     watch: flag("show unfinished runs (state, epoch, metric, time left) until Ctrl-C") = False
+    pack: option(Text | None, "write the finished runs of a batch, without weights, into NAME.tar.xz; with --out "
+                 "outputs/BATCH", "FILE") = None
+    unpack: option(Text | None, "make folders of packed runs below --out; finished ones there stay as they are",
+                   "FILE") = None
     out: OUT = "outputs"
 
     def __call__(self):
@@ -493,7 +497,17 @@ class Runs:
             if other := [f"--{k}" for k in ("where", "columns", "sort", "compare", "csv") if getattr(self, k)]:
                 raise ValueError(f"--watch shows all unfinished runs: leave out {', '.join(other)}")
             return _watch(self.out)
-        _list(self)
+        _pack(self) if self.pack or self.unpack else _list(self)
+
+
+def _pack(args: Runs):
+    "Write runs into an archive, or read them from one."
+    from smart_iqa.lab.runs import pack_runs, unpack_runs
+
+    if args.pack and args.unpack:
+        raise ValueError("--pack and --unpack: give one of them")
+    names = pack_runs(args.out, args.pack) if args.pack else unpack_runs(args.unpack, args.out)
+    say(f"{len(names)} runs {f'packed into {args.pack}' if args.pack else f'made in {args.out}'}")
 
 
 def _list(args: Runs):
@@ -554,6 +568,7 @@ class Paper(Batch):
                                 "dask worker --nthreads 1 --memory-limit 0 ADDRESS", "ADDRESS"), _WHO] = None
     scheduler_file: Annotated[option(Text | None, "the file that dask scheduler --scheduler-file wrote", "FILE"),
                               _WHO] = None
+    only_finished: flag("start no run: make tables, figures and the report of what is there") = False
     list: flag("list the experiments and stop") = False
     out: OUT = "outputs"
 
@@ -570,7 +585,7 @@ def paper(args: Paper) -> int:
         for s in pick_studies():
             say(f"{s.notebook:<16} {s.question:<62} {s.remakes}")
         return 0
-    if args.profile != "demo" and not args.root:
+    if args.profile != "demo" and not args.root and not args.only_finished:
         name = "BIQ2021" if args.profile == "lite" else "KonIQ-10k"
         raise ValueError(f"--profile {args.profile} needs --root: the folder of {name}, "
                          "or of another set named in --recipe")
@@ -581,7 +596,7 @@ def paper(args: Paper) -> int:
     try:
         report, failed = run_paper(args.profile, args.out, args.only, args.without, args.sets, root=args.root,
                                    recipe=args.recipe, seeds=args.seeds, cache=args.cache, threads=args.threads,
-                                   workers=workers)
+                                   workers=workers, only_finished=args.only_finished or None)
     except KeyboardInterrupt:
         note("stopped; the same command resumes where it was")
         os._exit(130)  # not to wait for the experiments that are under way: they end with this process

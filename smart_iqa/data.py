@@ -76,18 +76,23 @@ def spelled(
     return unicodedata.normalize("NFC", name).strip().lower()
 
 
-def _inside(root: Path, image: str) -> str | None:
-    "Return a name relative to root, with slashes and without detours; None where it leaves root."
-    for home in (os.path.abspath(root), os.path.realpath(root)):
-        path = os.path.normpath(os.path.join(home, image))
-        if path.startswith(os.path.join(home, "")):
-            return Path(path).relative_to(home).as_posix()
+def _homes(root: Path) -> tuple[str, str]:
+    "The folder as it is named, and where it lies once links are followed."
+    return os.path.abspath(root), os.path.realpath(root)
+
+
+def _inside(homes: tuple[str, str], image: str) -> str | None:
+    "Return a name relative to a root, with slashes and without detours; None where it leaves the root."
+    for home in homes:
+        path, below = os.path.normpath(os.path.join(home, image)), os.path.join(home, "")
+        if path.startswith(below):
+            return path[len(below):].replace(os.sep, "/")
     return None
 
 
-def _find_file(root: Path, image: str, listing: dict) -> tuple[str, str]:
+def _find_file(root: Path, homes: tuple[str, str], image: str, listing: dict) -> tuple[str, str]:
     "Return a name as it stands on disk, if that is unambiguous, and the reason why it names no file, else empty."
-    name = _inside(root, image if "\\" not in image or os.path.exists(root / image) else image.replace("\\", "/"))
+    name = _inside(homes, image if "\\" not in image or os.path.exists(root / image) else image.replace("\\", "/"))
     if name is None:
         return image, f"is not below {root}: give the folder that has all pictures"
     folder, name = posixpath.split(name)
@@ -104,7 +109,7 @@ def _find_file(root: Path, image: str, listing: dict) -> tuple[str, str]:
     file = posixpath.join(folder, hits[0])
     return file, "" if os.path.exists(root / file) else "a link to a file that is not there"
 
-
+# %% ../nbs/07_data.ipynb #a1b2c3d4
 def _hint(image: str, name: str, there: set[str]) -> str:
     "Say which file may be meant by a name that lost its ending or its zeros, or that another machine gave."
     if re.match(r"[A-Za-z]:[\\/]", image):
@@ -118,8 +123,8 @@ def _hint(image: str, name: str, there: set[str]) -> str:
 
 def _find_files(root: Path, images: list[str]) -> tuple[list[str], list]:
     "Return names as they stand on disk, and (image, reason) for problems."
-    listing = {}
-    found = [_find_file(root, image, listing) if image else (image, "") for image in images]
+    listing, homes = {}, _homes(root)  # looked at once for all images
+    found = [_find_file(root, homes, image, listing) if image else (image, "") for image in images]
     missing = [(image, reason) for image, (_, reason) in zip(images, found) if reason]
     files, named = [file for file, _ in found], {}
     for image, file in zip(images, files):

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from smart_iqa.config import make_config
 from smart_iqa.crops import build_cache
@@ -31,14 +32,24 @@ SPLITS = ["train"] * 25 + ["val"] * 8 + ["test"] * 8  # 25: batches of 8 leave a
 LONG = ("test_batches.py", "test_paper.py", "test_devices.py", "test_invariances.py", "test_finetune.py")
 
 
+class ByFile(LoadScopeScheduling):
+    """Give each file to one process, as its fixtures are shared; notebooks need nothing from each other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::")[0]
+        return nodeid if path.endswith("test_notebooks.py") else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Give each file to one process, as its fixtures are shared; the notebooks need nothing from each other. Processes
-    take what stands first: long files begin, and the notebooks, which are short, fill the gaps at the end."""
+    """Processes take what stands first: long files begin, and the notebooks, which are short, fill the gaps at the
+    end."""
     order = {name: k for k, name in enumerate(LONG)} | {"test_notebooks.py": len(LONG) + 1}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
-    for item in items:
-        alone = item.path.name == "test_notebooks.py"
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
 
 
 @pytest.fixture(autouse=True, scope="session")

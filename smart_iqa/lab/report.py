@@ -28,7 +28,9 @@ import smart_iqa
 from ..config import check_names, fingerprint
 from ..devices import code_digest
 from ..files import locked, write_json
-from .runs import RunError, execute, find_notebook, hold, is_finished, parameters_of, planned_folder
+from smart_iqa.lab.runs import (
+    LABELS, RunError, execute, find_notebook, hold, is_finished, parameters_of, planned_folder,
+)
 from .experiment import is_current
 from .studies import RECIPES, STUDIES, Study, cross_parameters, pick_studies
 from .workers import LiveTable, connect
@@ -47,7 +49,7 @@ def parameters_for(
     profile: str,
     out: Path,
     batch: str,
-    common: dict,  # root, recipe, seeds, cache, threads, workers; what the notebook does not take is left out
+    common: dict,  # root, recipe, seeds, cache, threads, workers, only_finished; left out where it is not taken
     main: Path | None = None,  # the folder of the experiment `main`
     sets: str | None = None,  # JSON, for cross_dataset: name to parameters of evaluate
 ) -> dict:
@@ -88,14 +90,11 @@ def same_notebook(folder: str | Path, notebook: str) -> bool:
     return made.exists() and _code(made) == _code(find_notebook(notebook))
 
 
-_LABELS = (".csv", ".json", ".xlsx", ".mat", ".txt", ".parquet")
-
-
 def made_of(
     root: str | None = None,  # folder of the image set, where label files lie
 ) -> str:
     "Hash what every experiment depends on beside its runs: the package's code, the published numbers, the label files."
-    labels = sorted(p for p in Path(root).iterdir() if p.suffix.lower() in _LABELS) if root else []
+    labels = sorted(p for p in Path(root).iterdir() if p.suffix.lower() in LABELS) if root else []
     published = sorted((Path(smart_iqa.__file__).parent / "data_files").glob("*.csv"))
     digests = [(p.name, hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest()) for p in [*published, *labels]]
     return fingerprint([code_digest(), *digests])
@@ -213,7 +212,7 @@ def run_paper(
     sets: str | None = None,  # JSON for cross_dataset
     echo: Callable[[str], None] = print,
     workers: int | str | None = None,  # as `workers.connect` has them; None: one run after another
-    **common,  # root, recipe, seeds, cache, threads
+    **common,  # root, recipe, seeds, cache, threads, only_finished
 ) -> tuple[Path, dict[str, str]]:  # the folder of the report; experiment to the reason why it failed
     "Run what is missing or no longer stands, then gather everything into the report."
     check_names([profile], RECIPES, "profile")

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import PROFILES, Config, check_names, make_config
+from ..config import PROFILES, Config, check_names, make_config, run_id
 from ..data import load_set
 from .compare import rows_of
-from .runs import RunError, is_finished, planned_folder, read_run, run_digest
+from .runs import RunError, finished_runs, is_finished, planned_folder, read_run, run_digest
 from .workers import HOPELESS, Job, LiveTable, connect, run_jobs
 from ..metrics import ceiling_of
 from ..sets import find_set
@@ -539,6 +539,7 @@ def run_study(
 ) -> ArmRuns:
     """Start the runs of `study_runs` that are missing, skip what is finished, and read all of them.
 
+    With `only_finished` and without `root`, runs are found by their configuration alone, so the set need not be here.
     RunError where a run fails for another reason than those in HOPELESS; the others that were out are finished first.
     """
     study = STUDIES[study] if isinstance(study, str) else study
@@ -548,7 +549,11 @@ def run_study(
     reasons = {a: c for a, c in arms.items() if isinstance(c, str)}
     wanted = seeds_of(profile, seeds)[: study.n_seeds]
     result = ArmRuns(runnable, wanted, study.split, missing=reasons, about=study.title)
-    folders = {key: planned_folder(job.notebook, job.parameters, out, batch) for key, job in jobs.items()}
+    if only_finished and not root and profile != "demo":
+        there = finished_runs(Path(out) / batch)
+        folders = {key: f for key, job in jobs.items() if (f := there.get(run_id(job_config(job), "")))}
+    else:
+        folders = {key: planned_folder(job.notebook, job.parameters, out, batch) for key, job in jobs.items()}
     done = {key for key, f in folders.items() if is_finished(f)}
     if only_finished:
         result.missing |= {arm: "not run yet" for arm, seed in jobs if (arm, seed) not in done}
